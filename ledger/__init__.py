@@ -1,0 +1,1 @@
+"""Credit accounting: signed journals, receipts, balances. Knows no GPU and no network."""

@@ -1,0 +1,1 @@
+"""One running machine of a member: gateway, engine, placement, dashboard, command line."""

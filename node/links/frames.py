@@ -1,0 +1,226 @@
+"""The frames of the data plane: what a head and the stages of a route say to each other.
+
+Only the words are here; `codec.py` turns them into bytes. A frame is sent once and never acknowledged:
+prompt ids, route and sampling travel in `OpenSession`, after that only positions, hidden states and token
+ids move. All ids are raw bytes: a node is its 32-byte Ed25519 public key, a session 16 random bytes, a
+model the 32-byte digest of its package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+NODE_ID_BYTES = 32
+SESSION_ID_BYTES = 16
+MODEL_ID_BYTES = 32
+
+
+class Lane(IntEnum):
+    """Decode steps never wait behind prefill chunks: each lane is a connection of its own."""
+
+    DECODE = 0
+    BULK = 1
+
+
+class Dtype(IntEnum):
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    FLOAT16 = 2
+
+
+class FinishReason(IntEnum):
+    """Why the last stage stopped by itself. NONE: the session goes on."""
+
+    NONE = 0
+    STOP = 1
+    LENGTH = 2
+
+
+class ErrorCode(IntEnum):
+    """Why a stage refuses or ends a session."""
+
+    INTERNAL = 0
+    UNKNOWN_SHARD = 1
+    NO_KV_ROOM = 2
+    UNKNOWN_SESSION = 3
+    NEXT_HOP_UNREACHABLE = 4
+    UNSIGNED_LIMIT = 5
+    DISPUTED_RECEIPT = 6
+    DEADLINE = 7
+    BAD_FRAME = 8
+    SHUTTING_DOWN = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of a route: layers `[start_layer, end_layer)` on `node`, reached at `data_address` (host:port)."""
+
+    node: bytes
+    data_address: str
+    start_layer: int
+    end_layer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the last stage picks a token. temperature 0 is greedy; top_k 0 and top_p 1 switch those off."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    max_num_output_tokens: int = 16
+    min_num_output_tokens: int = 0
+    ignore_eos: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSession:
+    """Head -> each stage, once. Only the first stage is given `prompt_ids`.
+
+    `num_output_tokens_before` counts the tokens at the end of the prompt that are earlier output (a replay
+    after a failure), so that sampling positions and limits continue where they were.
+    """
+
+    session: bytes
+    model: bytes
+    route: tuple[Stage, ...]
+    stage_index: int
+    head: bytes
+    payer: bytes
+    key_id: bytes
+    hold_microcredits: int
+    num_prompt_tokens: int
+    sampling: Sampling
+    deadline_ms: int
+    rate_card_version: int
+    num_output_tokens_before: int = 0
+    prompt_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOpened:
+    """Stage -> head: KV room is reserved and the next hop is connected."""
+
+    session: bytes
+    stage_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class StartSession:
+    """Head -> first stage, when every stage has opened."""
+
+    session: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CloseSession:
+    """Head -> each stage: done, cancelled or given up; KV is freed, the session is forgotten."""
+
+    session: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SessionError:
+    """Stage -> head: this session ends here. `message` is one line for people."""
+
+    session: bytes
+    stage_index: int
+    code: ErrorCode
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenItem:
+    """One session's share of a `HiddenBatch`: `num_tokens` rows whose first token stands at `position`."""
+
+    session: bytes
+    position: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenBatch:
+    """Stage -> next stage, one per step and next hop: rows of all sessions, in the order of `items`.
+
+    `rows` is `[sum(num_tokens), hidden_size]` of `dtype`, row-major, little-endian.
+    """
+
+    items: tuple[HiddenItem, ...]
+    dtype: Dtype
+    hidden_size: int
+    rows: bytes | memoryview = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenItem:
+    """One sampled token. `position` is its place in the whole sequence (prompt included, from 0)."""
+
+    session: bytes
+    position: int
+    token_id: int
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Last stage -> first stage and, at the same time, last stage -> head."""
+
+    items: tuple[TokenItem, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SignReceipt:
+    """Head -> stage: a cumulative receipt signed by the head (encoded by `ledger.receipt`)."""
+
+    session: bytes
+    receipt: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptSigned:
+    """Stage -> head: the same receipt, co-signed after the stage compared it with its own count."""
+
+    session: bytes
+    receipt: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StageTiming:
+    """Stage -> head at the end of a session: where the time went."""
+
+    session: bytes
+    stage_index: int
+    num_steps: int
+    compute_us: int
+    queue_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Liveness on the data plane; answered by `Pong` from the receiving thread, whatever torch is doing."""
+
+    nonce: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    nonce: int
+
+
+Frame = (
+    OpenSession
+    | SessionOpened
+    | StartSession
+    | CloseSession
+    | SessionError
+    | HiddenBatch
+    | TokenBatch
+    | SignReceipt
+    | ReceiptSigned
+    | StageTiming
+    | Ping
+    | Pong
+)

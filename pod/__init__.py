@@ -1,0 +1,1 @@
+"""Who is in the pod and how bytes travel between its nodes. Knows no GPU and no accounting."""
