@@ -1,0 +1,116 @@
+"""The state directory of one node, `$POD_HOME`: where each thing lives, and who may use it now.
+
+Knows paths, the lock and the note a running node leaves for its own command line. Knows nothing of what the
+files mean: keys and roster belong to `pod`, the books to `ledger`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import platformdirs
+from filelock import FileLock, Timeout
+
+from node.errors import UserError
+
+HOME_VARIABLE = "POD_HOME"
+
+
+@dataclass(frozen=True, slots=True)
+class RunningNode:
+    """What a running node writes down so that `pod` commands on the same machine can reach it."""
+
+    pid: int
+    api_url: str
+    local_token: str
+
+
+class PodHome:
+    """Paths below one state directory; created on first use, readable by its owner only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = FileLock(path / "lock")
+
+    @classmethod
+    def locate(cls, environment: Mapping[str, str]) -> PodHome:
+        given = environment.get(HOME_VARIABLE)
+        return cls(Path(given).expanduser() if given else Path(platformdirs.user_data_dir("gpu-pod")))
+
+    @property
+    def keys_dir(self) -> Path:
+        return self.path / "keys"
+
+    @property
+    def models_dir(self) -> Path:
+        return self.path / "models"
+
+    @property
+    def plan_file(self) -> Path:
+        return self.path / "plan.cbor"
+
+    @property
+    def log_file(self) -> Path:
+        return self.path / "node.log"
+
+    @property
+    def ledger_url(self) -> str:
+        return os.environ.get("POD_LEDGER_URL") or f"sqlite:///{self.path / 'ledger.sqlite'}"
+
+    @property
+    def _running_file(self) -> Path:
+        return self.path / "running.json"
+
+    def has_pod(self) -> bool:
+        """True when this directory already belongs to a pod (one directory, one pod)."""
+        return (self.path / "roster.log").exists()
+
+    def prepare(self) -> None:
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.models_dir.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot use {self.path} as {HOME_VARIABLE}: {error.strerror}") from None
+
+    def acquire(self) -> None:
+        """Take the directory for this process; the lock goes with the process, also after kill -9."""
+        self.prepare()
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"{self.path} is in use by a running node; stop it first or set {HOME_VARIABLE} to another directory"
+            ) from None
+
+    def release(self) -> None:
+        self._running_file.unlink(missing_ok=True)
+        self._lock.release()
+
+    def announce_running(self, api_url: str) -> RunningNode:
+        """Called by the node that holds the lock, once its API listens."""
+        running = RunningNode(os.getpid(), api_url, secrets.token_urlsafe(32))
+        temporary = self._running_file.with_suffix(".new")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(asdict(running), file)
+        temporary.replace(self._running_file)
+        return running
+
+    def running_node(self) -> RunningNode | None:
+        """The node that runs on this directory now, or None. A note left by a killed node counts as none."""
+        try:
+            note = json.loads(self._running_file.read_text())
+            running = RunningNode(int(note["pid"]), str(note["api_url"]), str(note["local_token"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            return running
+        self._lock.release()
+        return None
