@@ -84,7 +84,7 @@ class PodHome:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"{self.path} is in use by a running node; stop it first or set {HOME_VARIABLE} to another directory"
+                f"{self.path} is in use by a running node; stop it first or set another {HOME_VARIABLE}"
             ) from None
 
     def release(self) -> None:

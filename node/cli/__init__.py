@@ -1,0 +1,1 @@
+"""The `pod` command: parses, calls one operation, shows the result. Decides nothing itself."""

@@ -1,0 +1,82 @@
+"""Runs one operation for a command: at the running node over its local API, else on the state directory.
+
+Knows how to reach the node; knows no operation by name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import closing
+
+from node.errors import UserError
+from node.home import PodHome, RunningNode
+
+Json = dict[str, object]
+ShowProgress = Callable[[Mapping[str, object]], None]
+
+CONNECT_TIMEOUT_S = 5.0
+# Adding a model may download it; every progress line resets this deadline.
+SILENCE_TIMEOUT_S = 600.0
+
+
+def this_home() -> PodHome:
+    return PodHome.locate(os.environ)
+
+
+def require_pod(home: PodHome) -> None:
+    if not home.has_pod():
+        raise UserError(f"{home.path} is in no pod yet; say `pod create NAME` or `pod join INVITE`")
+
+
+def perform(operation: str, arguments: Json, show_progress: ShowProgress | None = None) -> Json:
+    """Run `operation` and return its result. Raises UserError with one clear line."""
+    home = this_home()
+    require_pod(home)
+    running = home.running_node()
+    if running is not None:
+        return _perform_at_node(running, operation, arguments, show_progress)
+    return _perform_offline(home, operation, arguments, show_progress)
+
+
+def _perform_at_node(
+    running: RunningNode, operation: str, arguments: Json, show_progress: ShowProgress | None
+) -> Json:
+    import httpx
+
+    headers = {"authorization": f"Bearer {running.local_token}"}
+    timeout = httpx.Timeout(SILENCE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+    url = f"{running.api_url}/pod/v1/{operation}"
+    try:
+        with httpx.stream("POST", url, json=arguments, headers=headers, timeout=timeout) as response:
+            if response.status_code != 200:
+                response.read()
+                raise UserError(f"the node at {running.api_url} answered {response.status_code}")
+            for line in response.iter_lines():
+                message = json.loads(line)
+                if "error" in message:
+                    raise UserError(str(message["error"]["message"]))
+                if "result" in message:
+                    result: Json = message["result"]
+                    return result
+                if show_progress is not None:
+                    show_progress(message["progress"])
+    except httpx.HTTPError as error:
+        raise UserError(f"cannot reach the node at {running.api_url}: {error}") from None
+    raise UserError(f"the node at {running.api_url} stopped before it answered")
+
+
+def _perform_offline(
+    home: PodHome, operation: str, arguments: Json, show_progress: ShowProgress | None
+) -> Json:
+    from node.office import open_offline
+    from node.operations import run_operation
+
+    home.acquire()
+    try:
+        with closing(open_offline(home)) as office:
+            return asyncio.run(run_operation(office, operation, arguments, show_progress or (lambda _: None)))
+    finally:
+        home.release()
