@@ -1,0 +1,253 @@
+"""`pod demo`: a pod of local nodes, one member each, as separate processes in a temporary directory.
+
+Everything goes through what a user has: the `pod` command, the OpenAI client and a node's own status. Knows
+nothing of how any of it works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from openai import APIError, OpenAI
+
+from node.cli import show
+from node.cli.main import print_ledger
+from node.errors import UserError
+
+MODEL = "smollm2-135m"
+QUESTION = "What is the capital of France?"
+MEMBERS = ("ada", "ben", "cleo", "dora", "emil", "fay", "gus", "hana")
+START_TIMEOUT_S = 90.0
+LOAD_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 15.0
+COMMAND_TIMEOUT_S = 120.0
+
+
+@dataclass
+class DemoNode:
+    """One node process and the directory it lives in."""
+
+    member: str
+    home: Path
+    process: subprocess.Popen[bytes] | None = None
+    api_url: str = ""
+
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("POD_")}
+        return kept | {"POD_HOME": str(self.home), "OMP_NUM_THREADS": kept.get("OMP_NUM_THREADS", "1")}
+
+    def pod(self, *arguments: str) -> Any:
+        """Run one `pod` command with --json and return its result."""
+        command = [sys.executable, "-m", "node", *arguments, "--json"]
+        done = subprocess.run(  # noqa: S603 - our own program, fixed arguments
+            command,
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_TIMEOUT_S,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise UserError(
+                f"`pod {arguments[0]}` at {self.member}'s node failed: {done.stderr.strip()[-500:]}"
+            )
+        return json.loads(done.stdout)
+
+    def start(self, *arguments: str) -> None:
+        """Start a foreground command (`up` or `join`) on free loopback ports."""
+        local = ("--api", "127.0.0.1:0", "--listen", "127.0.0.1:0", "--data", "127.0.0.1:0", "--no-discover")
+        self.process = subprocess.Popen(  # noqa: S603 - our own program, fixed arguments
+            [sys.executable, "-m", "node", *arguments, *local, "--json"],
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=(self.home.parent / f"{self.member}.log").open("wb"),
+            start_new_session=True,
+        )
+
+    def wait_until_up(self) -> None:
+        """Read the one line that the node prints when its API listens."""
+        assert self.process is not None and self.process.stdout is not None
+        line = _read_line(self.process, START_TIMEOUT_S)
+        if not line:
+            log = (self.home.parent / f"{self.member}.log").read_text().strip()
+            raise UserError(f"{self.member}'s node did not start: {log[-500:]}")
+        self.api_url = str(json.loads(line)["api_url"])
+
+    def stop(self) -> None:
+        if self.process is None:
+            return
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait(STOP_TIMEOUT_S)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+
+def _read_line(process: subprocess.Popen[bytes], timeout_s: float) -> bytes:
+    import selectors
+
+    assert process.stdout is not None
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        return process.stdout.readline() if selector.select(timeout_s) else b""
+
+
+def run_demo(num_nodes: int, as_json: bool) -> None:
+    """Run the whole line once; stays up on a terminal until Ctrl-C. Raises UserError when a step fails."""
+    sink = show.err if as_json else show.out
+    directory = Path(tempfile.mkdtemp(prefix="gpu-pod-demo-"))
+    with _stopped_at_end(directory) as nodes, contextlib.suppress(KeyboardInterrupt):
+        _form_pod(nodes, directory, num_nodes, sink)
+        split = min(num_nodes, 30)
+        nodes[0].pod("model", "add", MODEL, "--split", str(split))
+        _wait_for_route(nodes, split)
+        asked = nodes[-1] if num_nodes > 1 else nodes[0]
+        key = nodes[0].pod("key", "create", "--name", "demo")["key"]
+        answer = _ask(asked, key, as_json, sink)
+        books = _settled_books(asked)
+        verified = asked.pod("ledger", "verify")
+        result = answer | {
+            "asked_node": asked.member, "ledger_sum_microcredits": books["sum_microcredits"],
+            "ledger_verified": verified["ok"], "dashboard_url": f"{asked.api_url}/", "ledger": books,
+        }  # fmt: skip
+        if as_json:
+            show.print_json(result)
+        else:
+            _show(result, verified)
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            sink.print("\nThe pod stays up until Ctrl-C.")
+            signal.pause()
+
+
+@contextlib.contextmanager
+def _stopped_at_end(directory: Path) -> Iterator[list[DemoNode]]:
+    nodes: list[DemoNode] = []
+
+    def stop_now(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop_now)
+    try:
+        yield nodes
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        for node in nodes:
+            if node.process is not None and node.process.poll() is None:
+                node.process.terminate()
+        for node in nodes:
+            node.stop()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _form_pod(nodes: list[DemoNode], directory: Path, num_nodes: int, sink: Any) -> None:
+    for member in MEMBERS[:num_nodes]:
+        home = directory / member
+        home.mkdir(mode=0o700)
+        nodes.append(DemoNode(member, home))
+    first, others = nodes[0], nodes[1:]
+    first.pod("create", "demo", "--member", first.member)
+    sink.print(f"[bold]{first.member}[/] created the pod; starting {num_nodes} nodes of {num_nodes} members")
+    first.start("up")
+    first.wait_until_up()
+    for node in others:
+        invite = first.pod("invite")["invite"]
+        node.start("join", invite, "--member", node.member)
+    for node in others:
+        node.wait_until_up()
+        sink.print(f"[bold]{node.member}[/] joined with an invite")
+
+
+def _wait_for_route(nodes: list[DemoNode], num_stages: int) -> None:
+    """Until every node sees the model ready in `num_stages` stages; shows how far each shard is."""
+    deadline_s = time.monotonic() + LOAD_TIMEOUT_S
+    with show.LoadBars() as bars:
+        waiting = list(nodes)
+        while waiting:
+            status = waiting[0].pod("status")
+            for entry in status["loading"]:
+                bars.update(entry)
+            row = next((m for m in status["models"] if m["name"] == MODEL), None)
+            if row is not None and row["state"] == "ready" and row["num_stages"] >= num_stages:
+                waiting.pop(0)
+            elif time.monotonic() > deadline_s:
+                state = row["state"] if row is not None else "unknown"
+                raise UserError(f"{MODEL} was not ready at {waiting[0].member}'s node in time: {state}")
+            else:
+                time.sleep(0.3)
+
+
+def _ask(node: DemoNode, key: str, as_json: bool, sink: Any) -> dict[str, object]:
+    sink.print(f"\nAsking [bold]{node.member}[/]'s node at {node.api_url}/v1: {QUESTION}\n")
+    client = OpenAI(base_url=f"{node.api_url}/v1", api_key=key, max_retries=0, timeout=60.0)
+    text, first_token_s, num_output_tokens = "", 0.0, 0
+    began_s = time.monotonic()
+    echo: TextIO = sys.stderr if as_json else sys.stdout
+    try:
+        with client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": QUESTION}],
+            stream=True,
+            temperature=0,
+            max_tokens=64,
+            stream_options={"include_usage": True},
+        ) as stream:
+            for chunk in stream:
+                for choice in chunk.choices:
+                    piece = choice.delta.content or ""
+                    if piece and not first_token_s:
+                        first_token_s = time.monotonic() - began_s
+                    text += piece
+                    print(piece, end="", flush=True, file=echo)
+                if chunk.usage is not None:
+                    num_output_tokens = chunk.usage.completion_tokens
+            route = stream.response.headers.get("x-pod-route", "")
+    except APIError as error:
+        raise UserError(f"the question was not answered: {error.message}") from None
+    seconds = time.monotonic() - began_s
+    print(file=echo)
+    decode_s = max(seconds - first_token_s, 1e-9)
+    return {
+        "question": QUESTION, "answer": text, "route": route, "num_output_tokens": num_output_tokens,
+        "first_token_s": round(first_token_s, 3), "tokens_per_s": round(max(num_output_tokens - 1, 0) / decode_s, 1),
+    }  # fmt: skip
+
+
+def _settled_books(node: DemoNode) -> Any:
+    """The ledger as the asked node sees it, once the request's hold is resolved."""
+    deadline_s = time.monotonic() + 10
+    while True:
+        books = node.pod("ledger")
+        if (books["recent"] and not books["num_open_holds"]) or time.monotonic() > deadline_s:
+            return books
+        time.sleep(0.1)
+
+
+def _show(result: dict[str, Any], verified: Any) -> None:
+    show.out.print(
+        f"\nroute      {result['route']}\nspeed      {result['tokens_per_s']} tokens/s after "
+        f"{result['first_token_s']} s to the first token, {result['num_output_tokens']} tokens\n",
+        markup=False,
+    )
+    print_ledger(result["ledger"])
+    state = "verifies" if verified["ok"] else "does NOT verify"
+    show.out.print(
+        f"The ledger {state}: {verified['num_entries']} entries, sum {verified['sum_microcredits']}."
+    )
+    show.out.print(f"\ndashboard  {result['dashboard_url']}")
