@@ -78,7 +78,7 @@ class DemoNode:
 
     def wait_until_up(self) -> None:
         """Read the one line that the node prints when its API listens."""
-        assert self.process is not None and self.process.stdout is not None
+        assert self.process is not None
         line = _read_line(self.process, START_TIMEOUT_S)
         if not line:
             log = (self.home.parent / f"{self.member}.log").read_text().strip()
@@ -223,9 +223,10 @@ def _ask(node: DemoNode, key: str, as_json: bool, sink: Any) -> dict[str, object
     seconds = time.monotonic() - began_s
     print(file=echo)
     decode_s = max(seconds - first_token_s, 1e-9)
+    tokens_per_s = max(num_output_tokens - 1, 0) / decode_s
     return {
         "question": QUESTION, "answer": text, "route": route, "num_output_tokens": num_output_tokens,
-        "first_token_s": round(first_token_s, 3), "tokens_per_s": round(max(num_output_tokens - 1, 0) / decode_s, 1),
+        "first_token_s": round(first_token_s, 3), "tokens_per_s": round(tokens_per_s, 1),
     }  # fmt: skip
 
 

@@ -541,7 +541,7 @@ def _login_name() -> str:
 
 
 def run() -> None:
-    """Entry point: an error a user can act on is one line on stderr (an object with --json), exit status 1."""
+    """Entry point: an error a user can act on is one line on stderr (an object with --json), exit 1."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
