@@ -7,16 +7,12 @@ nothing of how any of it works.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,88 +21,12 @@ from openai import APIError, OpenAI
 from node.cli import show
 from node.cli.main import print_ledger
 from node.errors import UserError
+from node.local_pod import LocalNode
 
 MODEL = "smollm2-135m"
 QUESTION = "What is the capital of France?"
 MEMBERS = ("ada", "ben", "cleo", "dora", "emil", "fay", "gus", "hana")
-START_TIMEOUT_S = 90.0
 LOAD_TIMEOUT_S = 180.0
-STOP_TIMEOUT_S = 15.0
-COMMAND_TIMEOUT_S = 120.0
-
-
-@dataclass
-class DemoNode:
-    """One node process and the directory it lives in."""
-
-    member: str
-    home: Path
-    process: subprocess.Popen[bytes] | None = None
-    api_url: str = ""
-
-    def environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("POD_")}
-        return kept | {"POD_HOME": str(self.home), "OMP_NUM_THREADS": kept.get("OMP_NUM_THREADS", "1")}
-
-    def pod(self, *arguments: str) -> Any:
-        """Run one `pod` command with --json and return its result."""
-        command = [sys.executable, "-m", "node", *arguments, "--json"]
-        done = subprocess.run(  # noqa: S603 - our own program, fixed arguments
-            command,
-            env=self.environment(),
-            capture_output=True,
-            text=True,
-            timeout=COMMAND_TIMEOUT_S,
-            check=False,
-        )
-        if done.returncode != 0:
-            raise UserError(
-                f"`pod {arguments[0]}` at {self.member}'s node failed: {done.stderr.strip()[-500:]}"
-            )
-        return json.loads(done.stdout)
-
-    def start(self, *arguments: str) -> None:
-        """Start a foreground command (`up` or `join`) on free loopback ports."""
-        local = ("--api", "127.0.0.1:0", "--listen", "127.0.0.1:0", "--data", "127.0.0.1:0", "--no-discover")
-        self.process = subprocess.Popen(  # noqa: S603 - our own program, fixed arguments
-            [sys.executable, "-m", "node", *arguments, *local, "--json"],
-            env=self.environment(),
-            stdout=subprocess.PIPE,
-            stderr=(self.home.parent / f"{self.member}.log").open("wb"),
-            start_new_session=True,
-        )
-
-    def wait_until_up(self) -> None:
-        """Read the one line that the node prints when its API listens."""
-        assert self.process is not None
-        line = _read_line(self.process, START_TIMEOUT_S)
-        if not line:
-            log = (self.home.parent / f"{self.member}.log").read_text().strip()
-            raise UserError(f"{self.member}'s node did not start: {log[-500:]}")
-        self.api_url = str(json.loads(line)["api_url"])
-
-    def stop(self) -> None:
-        if self.process is None:
-            return
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait(STOP_TIMEOUT_S)
-        if self.process.stdout is not None:
-            self.process.stdout.close()
-
-
-def _read_line(process: subprocess.Popen[bytes], timeout_s: float) -> bytes:
-    import selectors
-
-    assert process.stdout is not None
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        return process.stdout.readline() if selector.select(timeout_s) else b""
 
 
 def run_demo(num_nodes: int, as_json: bool) -> None:
@@ -137,8 +57,8 @@ def run_demo(num_nodes: int, as_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def _stopped_at_end(directory: Path) -> Iterator[list[DemoNode]]:
-    nodes: list[DemoNode] = []
+def _stopped_at_end(directory: Path) -> Iterator[list[LocalNode]]:
+    nodes: list[LocalNode] = []
 
     def stop_now(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
@@ -156,11 +76,11 @@ def _stopped_at_end(directory: Path) -> Iterator[list[DemoNode]]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _form_pod(nodes: list[DemoNode], directory: Path, num_nodes: int, sink: Any) -> None:
+def _form_pod(nodes: list[LocalNode], directory: Path, num_nodes: int, sink: Any) -> None:
     for member in MEMBERS[:num_nodes]:
         home = directory / member
         home.mkdir(mode=0o700)
-        nodes.append(DemoNode(member, home))
+        nodes.append(LocalNode(member, home))
     first, others = nodes[0], nodes[1:]
     first.pod("create", "demo", "--member", first.member)
     sink.print(f"[bold]{first.member}[/] created the pod; starting {num_nodes} nodes of {num_nodes} members")
@@ -174,7 +94,7 @@ def _form_pod(nodes: list[DemoNode], directory: Path, num_nodes: int, sink: Any)
         sink.print(f"[bold]{node.member}[/] joined with an invite")
 
 
-def _wait_for_route(nodes: list[DemoNode], num_stages: int) -> None:
+def _wait_for_route(nodes: list[LocalNode], num_stages: int) -> None:
     """Until every node sees the model ready in `num_stages` stages; shows how far each shard is."""
     deadline_s = time.monotonic() + LOAD_TIMEOUT_S
     with show.LoadBars() as bars:
@@ -193,7 +113,7 @@ def _wait_for_route(nodes: list[DemoNode], num_stages: int) -> None:
                 time.sleep(0.3)
 
 
-def _ask(node: DemoNode, key: str, as_json: bool, sink: Any) -> dict[str, object]:
+def _ask(node: LocalNode, key: str, as_json: bool, sink: Any) -> dict[str, object]:
     sink.print(f"\nAsking [bold]{node.member}[/]'s node at {node.api_url}/v1: {QUESTION}\n")
     client = OpenAI(base_url=f"{node.api_url}/v1", api_key=key, max_retries=0, timeout=60.0)
     text, first_token_s, num_output_tokens = "", 0.0, 0
@@ -230,7 +150,7 @@ def _ask(node: DemoNode, key: str, as_json: bool, sink: Any) -> dict[str, object
     }  # fmt: skip
 
 
-def _settled_books(node: DemoNode) -> Any:
+def _settled_books(node: LocalNode) -> Any:
     """The ledger as the asked node sees it, once the request's hold is resolved."""
     deadline_s = time.monotonic() + 10
     while True:
