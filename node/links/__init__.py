@@ -1,1 +1,4 @@
-"""Stage links: how frames travel between heads and stages. Knows bytes, lanes and certificates; no model, no accounting."""
+"""Stage links: how frames travel between heads and stages.
+
+Knows bytes, lanes and certificates; no model, no accounting.
+"""

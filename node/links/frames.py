@@ -54,7 +54,7 @@ class ErrorCode(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage of a route: layers `[start_layer, end_layer)` on `node`, reached at `data_address` (host:port)."""
+    """One stage of a route: layers `[start_layer, end_layer)` on `node`, at `data_address` (host:port)."""
 
     node: bytes
     data_address: str

@@ -1,0 +1,27 @@
+"""Every bound and deadline of the data plane in one value, so that a test can make them small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from node.links.frames import Lane
+
+
+@dataclass(frozen=True, slots=True)
+class LinkLimits:
+    """`queued` bounds what one lane to one peer may have waiting; `held` what its receiver keeps of rows."""
+
+    max_num_queued_bytes: dict[Lane, int] = field(
+        default_factory=lambda: {Lane.DECODE: 32 << 20, Lane.BULK: 64 << 20}
+    )
+    max_num_held_bytes: dict[Lane, int] = field(
+        default_factory=lambda: {Lane.DECODE: 64 << 20, Lane.BULK: 128 << 20}
+    )
+    max_num_connections: int = 1024
+    max_num_handshakes: int = 32
+    handshake_timeout_s: float = 5.0
+    ping_interval_s: float = 1.0
+    silence_timeout_s: float = 3.0
+
+
+DEFAULT_LIMITS = LinkLimits()
