@@ -1,1 +1,1 @@
-"""The dashboard: what a person sees of the pod in a browser. Knows `node/gateway/backend.py`, nothing behind it."""
+"""The dashboard: what a person sees of the pod in a browser. Knows `node.gateway.backend`, nothing more."""

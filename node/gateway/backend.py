@@ -7,7 +7,7 @@ none of them. Every refusal is one of the exceptions below; `errors.py` gives ea
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -117,8 +117,8 @@ class Generation(Protocol):
     @property
     def num_prompt_tokens(self) -> int: ...
 
-    def tokens(self) -> AsyncIterator[GeneratedToken]:
-        """Until a finish reason; raises `GenerationFailed`. May be abandoned (cancelled) at any token."""
+    def tokens(self) -> AsyncGenerator[GeneratedToken, None]:
+        """Until a finish reason; raises `GenerationFailed`. May be closed (or cancelled) at any token."""
         ...
 
     async def settle(self, num_output_tokens: int) -> Usage:
@@ -254,7 +254,7 @@ class Backend(Protocol):
         ...
 
     def may_view(self, member: bytes, key_id: bytes) -> bool:
-        """A dashboard login made with this key still stands: member not removed, key not revoked or expired."""
+        """Does a login made with this key still stand (member not removed, key not revoked or expired)?"""
         ...
 
     def models(self) -> Sequence[ModelCard]: ...
@@ -270,6 +270,6 @@ class Backend(Protocol):
 
     def dashboard(self) -> DashboardView: ...
 
-    def changes(self) -> AsyncIterator[None]:
+    def changes(self) -> AsyncGenerator[None, None]:
         """Yields after something in `dashboard()` changed; several changes may come as one."""
         ...
