@@ -1,0 +1,110 @@
+"""Config and tokenizer of a model as plain files, made by transformers' own helpers, and the facts they tell.
+
+Runs as a process of its own (`python -m node.models.bundle SOURCE DIRECTORY`): these helpers import torch and
+take seconds, and the node process has neither to spare. Prints one JSON line: facts, or `{"error": ...}`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from node.models.errors import ModelError
+
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+TIMEOUT_S = 300
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    max_context_tokens: int
+    num_kv_values_per_token_per_layer: int
+    eos_token_ids: tuple[int, ...]
+
+
+def make_bundle(source: Path, directory: Path) -> ModelFacts:
+    """Fills `directory` with config.json and, where the model has them, the tokenizer's files."""
+    command = [sys.executable, "-m", "node.models.bundle", str(source), str(directory)]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, check=False)  # noqa: S603
+        answer = json.loads(done.stdout.splitlines()[-1])
+    except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
+        raise ModelError(
+            f"cannot read the config and tokenizer of {source} ({type(error).__name__})"
+        ) from error
+    if "error" in answer:
+        raise ModelError(answer["error"])
+    return ModelFacts(**answer | {"eos_token_ids": tuple(answer["eos_token_ids"])})
+
+
+def _make_here(source: Path, directory: Path) -> ModelFacts:
+    from transformers import AutoConfig, AutoTokenizer
+
+    is_gguf = source.suffix == ".gguf"
+    where = {"gguf_file": source.name} if is_gguf else {}
+    parent = source.parent if is_gguf else source
+    config = AutoConfig.from_pretrained(parent, trust_remote_code=False, local_files_only=True, **where)
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        raise ModelError(
+            f"{source}: architecture {config.model_type!r} is not supported "
+            f"(supported: {', '.join(SUPPORTED_MODEL_TYPES)})"
+        )
+    config.to_json_file(directory / "config.json", use_diff=False)
+    if is_gguf:
+        AutoTokenizer.from_pretrained(parent, trust_remote_code=False, **where).save_pretrained(directory)
+    else:
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, directory / name)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return ModelFacts(
+        model_type=config.model_type,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        max_context_tokens=config.max_position_embeddings,
+        num_kv_values_per_token_per_layer=2 * config.num_key_value_heads * head_dim,
+        eos_token_ids=_eos_token_ids(parent, config.eos_token_id),
+    )
+
+
+def _eos_token_ids(directory: Path, of_config: int | list[int] | None) -> tuple[int, ...]:
+    """The generation config has the last word: chat models end a turn with more than the config's token."""
+    path = directory / "generation_config.json"
+    value = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    if value is None:
+        value = of_config
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(sorted({token_id for token_id in ids if isinstance(token_id, int)}))
+
+
+def main(source: str, directory: str) -> int:
+    try:
+        facts = _make_here(Path(source), Path(directory))
+    except ModelError as error:
+        print(json.dumps({"error": str(error)}))
+    except Exception as error:
+        # transformers raises whatever its parsers raise; the caller needs one line, whichever it was.
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        print(json.dumps({"error": f"cannot read the config and tokenizer of {source}: {reason}"}))
+    else:
+        print(json.dumps(asdict(facts)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2]))
