@@ -1,0 +1,32 @@
+"""The ledger on a thread of its own: appends wait for the disk, the event loop must not.
+
+One thread, so entries are written in the order they were asked for. Knows nothing of what is written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from ledger.ledger import Ledger
+
+Result = TypeVar("Result")
+
+
+class LedgerThread:
+    """`run` queues one call and waits for it. A cancelled caller doesn't undo what was queued."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="ledger")
+
+    async def run(self, call: Callable[[Ledger], Result]) -> Result:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, call, self.ledger)
+
+    def close(self) -> None:
+        """Finish what is queued, then close the ledger."""
+        self._executor.shutdown(wait=True)
+        self.ledger.close()

@@ -1,0 +1,281 @@
+"""The head: opens a session for one request (hold, route, stages) and ends it in the books.
+
+It decides when to try another route and when to give up. Frames travel over `node/links`, entries over the
+ledger's thread, routes come from placement; a running session's tokens are `session.py`'s business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import secrets
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ledger.entry import HoldOpened, HoldSettled, HoldVoided, VoidReason
+from ledger.rate_card import RateCard
+from ledger.receipt import Sign
+from node.gateway.backend import GenerationFailed, NoRoute, Usage
+from node.ledger_thread import LedgerThread
+from node.links.frames import (
+    CloseSession,
+    ErrorCode,
+    Sampling,
+    SessionError,
+    SessionOpened,
+    Stage,
+    StartSession,
+)
+from node.links.head_links import HeadLinks, LinkLost, Subscription
+from node.links.port import LinkDown, LinkFull
+from node.models.manifest import Manifest
+from node.sessions.receipts import SessionReceipts
+from node.sessions.session import HeadSession
+from node.sessions.terms import SessionTerms
+
+CONNECT_TIMEOUT_S = 5.0
+OPEN_TIMEOUT_S = 10.0
+# How long a request waits for KV room or for a route before it is told that there is none.
+WAIT_FOR_ROOM_S = 60.0
+WAIT_FOR_ROUTE_S = 5.0
+RETRY_DELAY_S = (0.05, 0.25)
+SESSION_DEADLINE_S = 30 * 60
+# The hold outlives the session, so that a stage never works against an expired one.
+HOLD_GRACE_S = 60
+MAX_NUM_SESSIONS = 1024
+
+_WORTH_WAITING = frozenset({ErrorCode.NO_KV_ROOM})
+_WORTH_ANOTHER_ROUTE = frozenset(
+    {
+        ErrorCode.NO_KV_ROOM,
+        ErrorCode.UNKNOWN_SHARD,
+        ErrorCode.NEXT_HOP_UNREACHABLE,
+        ErrorCode.SHUTTING_DOWN,
+        ErrorCode.INTERNAL,
+    }
+)
+
+FindRoute = Callable[[bytes, frozenset[bytes]], tuple[Stage, ...]]
+"""`find_route(model, avoided_nodes)`: the cheapest live route. Raises NoRoute."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRequest:
+    """One prompt to continue, and who pays for it."""
+
+    payer: bytes
+    key_id: bytes
+    model: bytes
+    manifest: Manifest
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+
+
+class _NotOpened(Exception):
+    """One attempt over one route failed; `node` is the stage to blame."""
+
+    def __init__(self, node: bytes, code: ErrorCode, message: str) -> None:
+        super().__init__(message)
+        self.node = node
+        self.code = code
+
+
+class Head:
+    """Every session of this node's gateway, from hold to settlement."""
+
+    def __init__(
+        self,
+        *,
+        pod: bytes,
+        node: bytes,
+        sign: Sign,
+        links: HeadLinks,
+        ledger: LedgerThread,
+        find_route: FindRoute,
+        clock_ms: Callable[[], int],
+    ) -> None:
+        self._pod = pod
+        self._node = node
+        self._sign = sign
+        self._links = links
+        self._ledger = ledger
+        self._find_route = find_route
+        self._clock_ms = clock_ms
+        self._sessions: dict[bytes, HeadSession] = {}
+        self._endings: set[asyncio.Task[Usage]] = set()
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._sessions)
+
+    async def open(self, request: SessionRequest, rate_card: RateCard) -> HeadSession:
+        """Hold, route, stages. Raises NoRoute or GenerationFailed with nothing left open, also on cancellation."""
+        if len(self._sessions) >= MAX_NUM_SESSIONS:
+            raise NoRoute(f"this node already runs {MAX_NUM_SESSIONS} requests")
+        now_ms = self._clock_ms()
+        terms = SessionTerms(
+            session=secrets.token_bytes(16),
+            head=self._node,
+            payer=request.payer,
+            key_id=request.key_id,
+            model=request.model,
+            manifest=request.manifest,
+            route=(),
+            prompt_ids=request.prompt_ids,
+            sampling=request.sampling,
+            rate_card=rate_card,
+            deadline_ms=now_ms + SESSION_DEADLINE_S * 1000,
+        )
+        hold_microcredits = terms.worst_case_microcredits()
+        hold = HoldOpened(
+            session=terms.session,
+            payer=terms.payer,
+            key_id=terms.key_id,
+            model=terms.model,
+            amount_microcredits=hold_microcredits,
+            expires_at_ms=terms.deadline_ms + HOLD_GRACE_S * 1000,
+            rate_card_version=rate_card.version,
+        )
+        opening = asyncio.ensure_future(self._ledger.run(lambda ledger: ledger.append(hold)))
+        try:
+            await asyncio.shield(opening)
+            session = await self._open_somewhere(terms, hold_microcredits)
+        except BaseException as error:
+            reason = VoidReason.NO_ROUTE if isinstance(error, NoRoute) else VoidReason.FAILED
+            await self._own(self._void_after(opening, terms.session, reason))
+            raise
+        self._sessions[terms.session] = session
+        return session
+
+    async def _void_after(self, opening: asyncio.Future[Any], session: bytes, reason: VoidReason) -> Usage:
+        """A hold that was queued is written before it is voided, whoever stopped waiting for it."""
+        await asyncio.wait([opening])
+        if opening.exception() is None:
+            await self._ledger.run(lambda ledger: ledger.append(HoldVoided(session, reason)))
+        return Usage(0, 0, 0)
+
+    async def _own(self, work: Coroutine[Any, Any, Usage]) -> Usage:
+        """Run to the end even if the caller is cancelled: books are never left half written."""
+        task = asyncio.create_task(work)
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
+        return await asyncio.shield(task)
+
+    async def _open_somewhere(self, terms: SessionTerms, hold_microcredits: int) -> HeadSession:
+        """Try routes until one opens, waiting for room or for a route within the limits above."""
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        avoided: frozenset[bytes] = frozenset()
+        while True:
+            waited_s = loop.time() - began_s
+            try:
+                route = self._find_route(terms.model, avoided)
+            except NoRoute:
+                if waited_s > WAIT_FOR_ROUTE_S:
+                    raise
+                avoided = frozenset()
+            else:
+                try:
+                    return await self._open_route(replace(terms, route=route), hold_microcredits)
+                except _NotOpened as refusal:
+                    if refusal.code not in _WORTH_ANOTHER_ROUTE or waited_s > WAIT_FOR_ROOM_S:
+                        raise NoRoute(str(refusal)) from None
+                    if refusal.code not in _WORTH_WAITING:
+                        if waited_s > WAIT_FOR_ROUTE_S:
+                            raise NoRoute(str(refusal)) from None
+                        avoided |= {refusal.node}
+            await asyncio.sleep(random.uniform(*RETRY_DELAY_S))  # noqa: S311 - spreads retries, no secret
+
+    async def _open_route(self, terms: SessionTerms, hold_microcredits: int) -> HeadSession:
+        subscription = self._links.subscribe(terms.session)
+        try:
+            await self._connect(terms)
+            async with asyncio.timeout(OPEN_TIMEOUT_S):
+                await self._open_stages(terms, hold_microcredits, subscription)
+        except BaseException as error:
+            self._close_stages(terms)
+            subscription.close()
+            match error:
+                case TimeoutError():
+                    last = terms.route[-1].node
+                    raise _NotOpened(last, ErrorCode.DEADLINE, "a stage did not answer in time") from None
+                case LinkDown() | LinkFull():
+                    raise _NotOpened(
+                        terms.route[0].node, ErrorCode.NEXT_HOP_UNREACHABLE, str(error)
+                    ) from None
+            raise
+        receipts = SessionReceipts(self._pod, terms, self._sign)
+        return HeadSession(terms, self._links, subscription, receipts, self._end)
+
+    async def _connect(self, terms: SessionTerms) -> None:
+        async def connect_stage(stage: Stage) -> None:
+            try:
+                await self._links.connect(stage.node, stage.data_address, CONNECT_TIMEOUT_S)
+            except LinkDown as error:
+                raise _NotOpened(stage.node, ErrorCode.NEXT_HOP_UNREACHABLE, str(error)) from None
+
+        results = await asyncio.gather(*(connect_stage(s) for s in terms.route), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _open_stages(
+        self, terms: SessionTerms, hold_microcredits: int, subscription: Subscription
+    ) -> None:
+        """One round trip: every stage reserves its KV room, then the first is told to start."""
+        for index, stage in enumerate(terms.route):
+            self._links.send(stage.node, terms.open_frame(index, hold_microcredits))
+        waiting = set(range(len(terms.route)))
+        while waiting:
+            match await anext(subscription):
+                case SessionOpened(stage_index=index):
+                    waiting.discard(index)
+                case SessionError(stage_index=index, code=code, message=message):
+                    raise _NotOpened(terms.route[min(index, len(terms.route) - 1)].node, code, message)
+                case LinkLost(node=node):
+                    raise _NotOpened(node, ErrorCode.NEXT_HOP_UNREACHABLE, "a stage's link was lost")
+                case _:
+                    pass
+        self._links.send(terms.route[0].node, StartSession(terms.session))
+
+    def _close_stages(self, terms: SessionTerms) -> None:
+        for stage in terms.route:
+            with contextlib.suppress(LinkDown, LinkFull):
+                self._links.send(stage.node, CloseSession(terms.session))
+
+    async def _end(self, session: HeadSession, num_output_tokens: int) -> Usage:
+        """Settle what was delivered, or void; see `HeadSession.settle`."""
+        return await self._own(self._finish(session, num_output_tokens))
+
+    async def _finish(self, session: HeadSession, num_output_tokens: int) -> Usage:
+        terms = session.terms
+        try:
+            if session.failed or num_output_tokens == 0:
+                self._close_stages(terms)
+                reason = VoidReason.FAILED if session.failed else VoidReason.CANCELLED
+                await self._ledger.run(lambda ledger: ledger.append(HoldVoided(terms.session, reason)))
+                return Usage(0, 0, 0)
+            receipts = await session.collect_receipts(num_output_tokens)
+            settled = HoldSettled(terms.session, len(terms.prompt_ids), 0, num_output_tokens, receipts)
+            await self._ledger.run(lambda ledger: ledger.append(settled))
+            return Usage(len(terms.prompt_ids), 0, num_output_tokens)
+        finally:
+            self._sessions.pop(terms.session, None)
+            session.release()
+
+    async def recover(self) -> int:
+        """Void the holds that this node's earlier life left open. Returns how many."""
+        mine = await self._ledger.run(
+            lambda ledger: [hold for hold in ledger.open_holds() if hold.author == self._node]
+        )
+        for hold in mine:
+            voided = HoldVoided(hold.session, VoidReason.FAILED)
+            await self._ledger.run(lambda ledger, body=voided: ledger.append(body))  # type: ignore[misc]
+        return len(mine)
+
+    async def close(self, timeout_s: float) -> None:
+        """Wait for endings that are being written."""
+        if self._endings:
+            await asyncio.wait(set(self._endings), timeout=timeout_s)

@@ -1,0 +1,140 @@
+"""A running session at its head: tokens as they come, receipts as they fall due, one ending.
+
+Keeps the terms and every token so far: what a replay over another route would need. Opening and the books are
+`head.py`'s business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+
+from ledger.receipt import SignedReceipt
+from node.gateway.backend import GeneratedToken, GenerationFailed, Usage
+from node.links.frames import (
+    CloseSession,
+    FinishReason,
+    ReceiptSigned,
+    SessionError,
+    StageTiming,
+    TokenBatch,
+    TokenItem,
+)
+from node.links.head_links import HeadLinks, LinkLost, Subscription
+from node.links.port import LinkDown, LinkFull
+from node.sessions.receipts import SessionReceipts
+from node.sessions.terms import SessionTerms
+
+# Liveness pings end a frozen or dead stage within seconds; this is the bound for one that lives but is stuck.
+STALL_TIMEOUT_S = 120.0
+CO_SIGN_TIMEOUT_S = 3.0
+
+End = Callable[["HeadSession", int], Awaitable[Usage]]
+
+
+class HeadSession:
+    """`tokens` once, `settle` once; whatever is cancelled, `settle` ends the session at every stage."""
+
+    def __init__(
+        self,
+        terms: SessionTerms,
+        links: HeadLinks,
+        subscription: Subscription,
+        receipts: SessionReceipts,
+        end: End,
+    ) -> None:
+        self.terms = terms
+        self.token_ids: list[int] = []
+        self.timings: dict[int, StageTiming] = {}
+        self.failed = False
+        self.began_s = time.monotonic()
+        self.first_token_s: float | None = None
+        self.last_token_s: float | None = None
+        self._links = links
+        self._subscription = subscription
+        self._receipts = receipts
+        self._end = end
+        self._finished = False
+
+    async def tokens(self) -> AsyncGenerator[GeneratedToken, None]:
+        """Until a finish reason. Raises GenerationFailed when a stage or a link gives out."""
+        while not self._finished:
+            try:
+                async with asyncio.timeout(STALL_TIMEOUT_S):
+                    frame = await anext(self._subscription)
+            except TimeoutError:
+                self.failed = True
+                raise GenerationFailed(f"no token came for {STALL_TIMEOUT_S:.0f} s") from None
+            match frame:
+                case TokenBatch(items=items):
+                    for item in items:
+                        if item.session == self.terms.session:
+                            yield self._take(item)
+                case SessionError(stage_index=index, message=message):
+                    self.failed = True
+                    raise GenerationFailed(f"stage {index + 1} of {len(self.terms.route)}: {message}")
+                case LinkLost():
+                    self.failed = True
+                    raise GenerationFailed("a node that serves this request is gone")
+                case _:
+                    self._note(frame)
+
+    def _take(self, item: TokenItem) -> GeneratedToken:
+        expected = len(self.terms.prompt_ids) + len(self.token_ids)
+        if item.position != expected:
+            self.failed = True
+            raise GenerationFailed(f"a token for position {item.position} came, {expected} was due")
+        now_s = time.monotonic()
+        self.first_token_s = self.first_token_s or now_s
+        self.last_token_s = now_s
+        self.token_ids.append(item.token_id)
+        self._finished = item.finish_reason is not FinishReason.NONE
+        if self._receipts.is_due(len(self.token_ids)) and not self._finished:
+            self._send_receipts(len(self.token_ids))
+        return GeneratedToken(item.token_id, item.finish_reason)
+
+    def _note(self, frame: object) -> None:
+        if isinstance(frame, ReceiptSigned):
+            self._receipts.accept(frame.receipt)
+        elif isinstance(frame, StageTiming):
+            self.timings[frame.stage_index] = frame
+
+    def _send_receipts(self, num_output_tokens: int) -> None:
+        for stage, frame in zip(self.terms.route, self._receipts.sign(num_output_tokens), strict=True):
+            with contextlib.suppress(LinkDown, LinkFull):
+                self._links.send(stage.node, frame)
+
+    async def collect_receipts(self, num_output_tokens: int) -> tuple[SignedReceipt, ...]:
+        """Sign what was delivered, close every stage, and wait a little for their signatures.
+
+        A stage that is gone by now is settled at what it signed last; it can claim the rest itself.
+        """
+        self._send_receipts(num_output_tokens)
+        for stage in self.terms.route:
+            with contextlib.suppress(LinkDown, LinkFull):
+                self._links.send(stage.node, CloseSession(self.terms.session))
+        waiting_for = {stage.node for stage in self.terms.route}
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CO_SIGN_TIMEOUT_S):
+                while not self._receipts.is_complete() and waiting_for:
+                    frame = await anext(self._subscription)
+                    self._note(frame)
+                    if isinstance(frame, LinkLost):
+                        waiting_for.discard(frame.node)
+        return self._receipts.co_signed()
+
+    async def settle(self, num_output_tokens: int) -> Usage:
+        """End the session: settled at `num_output_tokens`, or voided when it failed or delivered nothing."""
+        return await self._end(self, min(num_output_tokens, len(self.token_ids)))
+
+    def release(self) -> None:
+        self._subscription.close()
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Decode speed after the first token; None before there are two."""
+        if self.first_token_s is None or self.last_token_s is None or len(self.token_ids) < 2:
+            return None
+        return (len(self.token_ids) - 1) / max(self.last_token_s - self.first_token_s, 1e-9)
