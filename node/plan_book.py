@@ -1,0 +1,88 @@
+"""The plan book: the newest signed plan this node knows, kept on disk and replicated to every node.
+
+The highest (epoch, author) wins everywhere. It checks who may plan; it does not plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import cbor2
+
+from node.placement.assignment import MAX_PLAN_BYTES, Plan, PlanError
+from pod.identity import verify
+
+PLAN_CONTEXT = b"gpu-pod plan, v1\x00"
+MAX_SIGNED_PLAN_BYTES = MAX_PLAN_BYTES + 256
+
+
+class PlanBook:
+    """Replicated under the name `plan`. `may_plan(node)`: does that node belong to a member that serves?"""
+
+    name = "plan"
+
+    def __init__(self, path: Path, may_plan: Callable[[bytes], bool], on_change: Callable[[], None]) -> None:
+        self._path = path
+        self._may_plan = may_plan
+        self._on_change = on_change
+        self._raw = b""
+        self.plan: Plan | None = None
+        if path.exists():
+            self._take(path.read_bytes())
+
+    def publish(self, plan: Plan, sign: Callable[[bytes], bytes]) -> bool:
+        """Sign this node's own plan and take it over. False when a newer one is already known."""
+        encoded = plan.encode()
+        raw = cbor2.dumps([encoded, sign(PLAN_CONTEXT + encoded)], canonical=True)
+        return self._adopt(raw)
+
+    def digest(self) -> bytes:
+        return hashlib.sha256(self._raw).digest()
+
+    async def summary(self) -> bytes:
+        plan = self.plan
+        return cbor2.dumps([plan.epoch, plan.author] if plan else [0, b""], canonical=True)
+
+    async def missing(self, summary: bytes) -> tuple[bytes, bool]:
+        match cbor2.loads(summary) if len(summary) <= 128 else None:
+            case [int(epoch), bytes(author)]:
+                newer = self.plan is not None and (self.plan.epoch, self.plan.author) > (epoch, author)
+                return (self._raw if newer else b""), False
+        return b"", False
+
+    async def ingest(self, peer: bytes, payload: bytes) -> int:
+        return int(bool(payload) and self._adopt(payload))
+
+    def _adopt(self, raw: bytes) -> bool:
+        if not self._take(raw):
+            return False
+        temporary = self._path.with_suffix(".new")
+        temporary.write_bytes(raw)
+        temporary.replace(self._path)
+        self._on_change()
+        return True
+
+    def _take(self, raw: bytes) -> bool:
+        try:
+            plan = _decode_signed(raw)
+        except (PlanError, cbor2.CBORDecodeError, ValueError, RecursionError):
+            return False
+        if not self._may_plan(plan.author) or not plan.supersedes(self.plan):
+            return False
+        self._raw, self.plan = raw, plan
+        return True
+
+
+def _decode_signed(raw: bytes) -> Plan:
+    """Raises PlanError unless the plan's author signed it."""
+    if len(raw) > MAX_SIGNED_PLAN_BYTES:
+        raise PlanError("the signed plan is too long")
+    match cbor2.loads(raw):
+        case [bytes(encoded), bytes(signature)]:
+            plan = Plan.decode(encoded)
+            if not verify(plan.author, PLAN_CONTEXT + encoded, signature):
+                raise PlanError("the plan's signature does not match")
+            return plan
+    raise PlanError("not a signed plan")
