@@ -1,7 +1,7 @@
-"""A receipt: one stage's work for one session, cumulative, signed by the head for the payer, co-signed by the stage.
+"""A receipt: one stage's cumulative work for one session, signed by the head and co-signed by the stage.
 
 It knows keys, counts and prices, not accounts: whose node a stage is and what a receipt does to balances is
-decided in `books.py`. Signatures carry a context string, so that none can be used as another kind of record's.
+decided in `books.py`. Signatures carry a context string, so that none passes for another kind of record's.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class SignedReceipt:
 
     @staticmethod
     def decode(raw: bytes) -> SignedReceipt:
-        """Raise ReceiptError unless `raw` is exactly the encoding of a signed receipt. Checks no signature."""
+        """Raise ReceiptError unless `raw` is the encoding of a signed receipt. Checks no signature."""
         try:
             reader = canonical.decode(raw, MAX_SIGNED_RECEIPT_BYTES)
             reader.expect_num_fields(3)
@@ -256,7 +256,7 @@ _COUNTS = ("num_prompt_tokens", "num_cached_tokens", "num_output_tokens")
 
 
 def check_against_count(receipt: Receipt, own: WorkCount) -> None:
-    """Raise Dispute unless the stage may co-sign: same terms, no token more than it counted, a risen sequence."""
+    """Raise Dispute unless the stage may co-sign: same terms, no token above its count, a risen sequence."""
     for name in _TERMS:
         if getattr(receipt, name) != getattr(own, name):
             raise Dispute(f"{name} is not what the session was opened with")

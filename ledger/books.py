@@ -1,0 +1,336 @@
+"""The books: a pure projection of entries to balances, holds, sessions and totals.
+
+`apply` gives the same result for the same set of entries in any order; it neither checks entries
+(`rules.py`) nor stores them (`journal.py`), and the caller applies each entry once.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ledger.directory import Directory
+from ledger.entry import (
+    ISSUANCE,
+    TREASURY,
+    AccountOpened,
+    Disputed,
+    Entry,
+    HoldOpened,
+    HoldSettled,
+    HoldVoided,
+    Issued,
+    ReceiptClaimed,
+    Transferred,
+)
+from ledger.receipt import Receipt, SignedReceipt
+from ledger.session_record import Consumption, Hold, Resolution, SessionRecord, SessionState
+
+SessionKey = tuple[bytes, bytes]
+
+
+class UnknownPartyError(Exception):
+    """An entry names a node or a rate card that the directory does not know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Posting:
+    """A change of one account; the postings of an entry sum to 0."""
+
+    account: bytes
+    amount_microcredits: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemberTotals:
+    """A member's work over all time. A token served by two stages is served by both."""
+
+    num_prompt_tokens_consumed: int = 0
+    num_cached_tokens_consumed: int = 0
+    num_output_tokens_consumed: int = 0
+    num_prompt_tokens_served: int = 0
+    num_cached_tokens_served: int = 0
+    num_output_tokens_served: int = 0
+    microcredits_earned: int = 0
+    microcredits_spent: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SettledStage:
+    """One stage of a session as its counting receipt says."""
+
+    stage_index: int
+    node: bytes
+    start_layer: int
+    end_layer: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    amount_microcredits: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSummary:
+    """One session for people: who paid, how it ended, what it cost, who served."""
+
+    head: bytes
+    session: bytes
+    payer: bytes
+    key_id: bytes
+    model: bytes
+    state: SessionState
+    opened_ms: int | None
+    closed_ms: int | None
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    amount_microcredits: int
+    stages: tuple[SettledStage, ...]
+    num_disputes: int
+
+
+class Books:
+    """The projection. Not safe for threads; `Ledger` guards it."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+        self._balances: dict[bytes, int] = {TREASURY: 0, ISSUANCE: 0}
+        self._grants: dict[bytes, int] = {}
+        self._sessions: dict[SessionKey, SessionRecord] = {}
+        self._unresolved: dict[bytes, dict[SessionKey, Hold]] = {}
+        self._totals: dict[bytes, MemberTotals] = {}
+        self._recent: list[tuple[int, bytes, bytes]] = []
+
+    def apply(self, entry: Entry) -> tuple[Posting, ...]:
+        """Take the entry in and return its postings. Raises UnknownPartyError and changes nothing then."""
+        postings = _merge(self._postings(entry))
+        assert sum(posting.amount_microcredits for posting in postings) == 0
+        for posting in postings:
+            self._balances[posting.account] = (
+                self._balances.get(posting.account, 0) + posting.amount_microcredits
+            )
+        return postings
+
+    def _postings(self, entry: Entry) -> list[Posting]:
+        body = entry.body
+        match body:
+            case AccountOpened():
+                return self._open_account(body)
+            case Issued(amount_microcredits=amount):
+                return _move(ISSUANCE, TREASURY, amount)
+            case Transferred(from_account=source, to_account=target, amount_microcredits=amount):
+                return _move(source, target, amount)
+            case HoldOpened():
+                self._open_hold(entry, body)
+                return []
+            case HoldSettled(receipts=receipts):
+                self._check_parties(receipts)
+                self._resolve(entry, body)
+                return [posting for signed in receipts for posting in self._count(signed)]
+            case HoldVoided():
+                self._resolve(entry, body)
+                return []
+            case ReceiptClaimed(receipt=signed):
+                self._check_parties((signed,))
+                return self._count(signed)
+            case Disputed(receipt=signed) if signed is not None:
+                self._session(signed.receipt.head, body.session).num_disputes += 1
+                return []
+            case Disputed():
+                return []
+
+    def _open_account(self, body: AccountOpened) -> list[Posting]:
+        # The lowest rate card that any entry names decides: a rule that needs no order.
+        version = self._grants.get(body.member)
+        if version is not None and version <= body.rate_card_version:
+            return []
+        before = self._grant(version) if version is not None else 0
+        amount = self._grant(body.rate_card_version)
+        self._grants[body.member] = body.rate_card_version
+        return _move(TREASURY, body.member, amount - before)
+
+    def _grant(self, version: int) -> int:
+        card = self._directory.rate_card(version)
+        if card is None:
+            raise UnknownPartyError(f"rate card {version} is not known")
+        return card.starter_grant_microcredits
+
+    def _session(self, head: bytes, session: bytes) -> SessionRecord:
+        return self._sessions.setdefault((head, session), SessionRecord(head, session))
+
+    def _open_hold(self, entry: Entry, body: HoldOpened) -> None:
+        record = self._session(entry.author, body.session)
+        if not record.holds:
+            insort(self._recent, (entry.time_ms, entry.author, body.session))
+        before = record.consumption()
+        record.add_hold(body, entry.time_ms)
+        self._count_consumption(before, record.consumption())
+        if record.resolution is None:
+            unresolved = self._unresolved.setdefault(body.payer, {})
+            unresolved[(entry.author, body.session)] = record.holds[body.payer]
+
+    def _resolve(self, entry: Entry, body: HoldSettled | HoldVoided) -> None:
+        record = self._session(entry.author, body.session)
+        before = record.consumption()
+        record.resolve(Resolution(entry.index, entry.hash, entry.time_ms, body))
+        self._count_consumption(before, record.consumption())
+        for payer in record.holds:
+            self._unresolved.get(payer, {}).pop((entry.author, body.session), None)
+
+    def _check_parties(self, receipts: tuple[SignedReceipt, ...]) -> None:
+        for signed in receipts:
+            self._stage_member(signed.receipt)
+            self._levy(signed.receipt)
+
+    def _count(self, signed: SignedReceipt) -> list[Posting]:
+        record = self._session(signed.receipt.head, signed.receipt.session)
+        before = record.consumption()
+        outranked = record.count(signed)
+        if outranked == signed.receipt:
+            return []
+        self._count_consumption(before, record.consumption())
+        postings = self._receipt_postings(signed.receipt, 1)
+        if outranked is not None:
+            postings += self._receipt_postings(outranked, -1)
+        return postings
+
+    def _receipt_postings(self, receipt: Receipt, sign: int) -> list[Posting]:
+        member = self._stage_member(receipt)
+        amount = sign * receipt.amount_microcredits
+        levy = sign * self._levy(receipt)
+        self._add_totals(receipt.payer, microcredits_spent=amount)
+        self._add_totals(
+            member,
+            num_prompt_tokens_served=sign * receipt.num_prompt_tokens,
+            num_cached_tokens_served=sign * receipt.num_cached_tokens,
+            num_output_tokens_served=sign * receipt.num_output_tokens,
+            microcredits_earned=amount - levy,
+        )
+        return [Posting(receipt.payer, -amount), Posting(member, amount - levy), Posting(TREASURY, levy)]
+
+    def _stage_member(self, receipt: Receipt) -> bytes:
+        member = self._directory.member_of_node(receipt.stage)
+        if member is None:
+            raise UnknownPartyError(f"node {receipt.stage[:4].hex()} is not known")
+        return member
+
+    def _levy(self, receipt: Receipt) -> int:
+        card = self._directory.rate_card(receipt.rate_card_version)
+        if card is None:
+            raise UnknownPartyError(f"rate card {receipt.rate_card_version} is not known")
+        return card.levy(receipt.amount_microcredits)
+
+    def _count_consumption(self, before: Consumption | None, after: Consumption | None) -> None:
+        if before == after:
+            return
+        for consumption, sign in ((before, -1), (after, 1)):
+            if consumption is not None:
+                self._add_totals(
+                    consumption.payer,
+                    num_prompt_tokens_consumed=sign * consumption.num_prompt_tokens,
+                    num_cached_tokens_consumed=sign * consumption.num_cached_tokens,
+                    num_output_tokens_consumed=sign * consumption.num_output_tokens,
+                )
+
+    def _add_totals(self, member: bytes, **changes: int) -> None:
+        totals = self._totals.get(member, MemberTotals())
+        current = {name: getattr(totals, name) for name in MemberTotals.__slots__}
+        self._totals[member] = MemberTotals(
+            **{name: value + changes.get(name, 0) for name, value in current.items()}
+        )
+
+    def balances(self) -> dict[bytes, int]:
+        return dict(self._balances)
+
+    def balance(self, account: bytes) -> int:
+        return self._balances.get(account, 0)
+
+    def available(self, account: bytes, now_ms: int) -> int:
+        """Balance less open holds, in microcredits."""
+        held = sum(hold.amount_microcredits for hold in self._open_holds_of(account, now_ms))
+        return self.balance(account) - held
+
+    def open_holds(self, now_ms: int) -> list[Hold]:
+        return [hold for payer in self._unresolved for hold in self._open_holds_of(payer, now_ms)]
+
+    def _open_holds_of(self, payer: bytes, now_ms: int) -> Iterator[Hold]:
+        return (hold for hold in self._unresolved.get(payer, {}).values() if hold.expires_at_ms > now_ms)
+
+    def hold_payers(self, head: bytes, session: bytes) -> tuple[bytes, ...]:
+        record = self._sessions.get((head, session))
+        return tuple(record.holds) if record is not None else ()
+
+    def is_resolved(self, head: bytes, session: bytes) -> bool:
+        record = self._sessions.get((head, session))
+        return record is not None and record.resolution is not None
+
+    def counts(self, receipt: Receipt) -> bool:
+        """Whether this receipt is the one that counts for its stage."""
+        record = self._sessions.get((receipt.head, receipt.session))
+        return record is not None and record.counts(receipt)
+
+    def is_account_open(self, member: bytes) -> bool:
+        return member in self._grants
+
+    def member_totals(self) -> dict[bytes, MemberTotals]:
+        return dict(self._totals)
+
+    def recent_sessions(self, limit: int, now_ms: int) -> list[SessionSummary]:
+        """The sessions opened last, newest first."""
+        newest = self._recent[-limit:] if limit > 0 else []
+        found = (self.session(head, session, now_ms) for _, head, session in reversed(newest))
+        return [summary for summary in found if summary is not None]
+
+    def session(self, head: bytes, session: bytes, now_ms: int) -> SessionSummary | None:
+        record = self._sessions.get((head, session))
+        if record is None or not (record.holds or record.receipts):
+            return None
+        return _summary(record, now_ms)
+
+
+def _move(source: bytes, target: bytes, amount_microcredits: int) -> list[Posting]:
+    return [Posting(source, -amount_microcredits), Posting(target, amount_microcredits)]
+
+
+def _merge(postings: list[Posting]) -> tuple[Posting, ...]:
+    amounts: defaultdict[bytes, int] = defaultdict(int)
+    for posting in postings:
+        amounts[posting.account] += posting.amount_microcredits
+    return tuple(Posting(account, amount) for account, amount in amounts.items())
+
+
+def _summary(record: SessionRecord, now_ms: int) -> SessionSummary:
+    hold = record.holds[min(record.holds)] if record.holds else None
+    receipts = [record.receipts[key].receipt for key in sorted(record.receipts)]
+    consumption = record.consumption()
+    return SessionSummary(
+        head=record.head,
+        session=record.session,
+        payer=hold.payer if hold is not None else receipts[0].payer,
+        key_id=hold.key_id if hold is not None else receipts[0].key_id,
+        model=hold.model if hold is not None else receipts[0].model,
+        state=record.state(now_ms),
+        opened_ms=hold.opened_ms if hold is not None else None,
+        closed_ms=record.resolution.time_ms if record.resolution is not None else None,
+        num_prompt_tokens=consumption.num_prompt_tokens if consumption is not None else 0,
+        num_cached_tokens=consumption.num_cached_tokens if consumption is not None else 0,
+        num_output_tokens=consumption.num_output_tokens if consumption is not None else 0,
+        amount_microcredits=sum(receipt.amount_microcredits for receipt in receipts),
+        stages=tuple(_settled_stage(receipt) for receipt in receipts),
+        num_disputes=record.num_disputes,
+    )
+
+
+def _settled_stage(receipt: Receipt) -> SettledStage:
+    return SettledStage(
+        receipt.stage_index,
+        receipt.stage,
+        receipt.start_layer,
+        receipt.end_layer,
+        receipt.num_prompt_tokens,
+        receipt.num_cached_tokens,
+        receipt.num_output_tokens,
+        receipt.amount_microcredits,
+    )

@@ -1,0 +1,25 @@
+"""What the ledger asks about the pod, as a port; the node answers from the roster.
+
+Answers must be permanent: a node removed from the pod still belongs to its member here, because its old
+entries stay in the books. Only then do all replicas decide the same about the same entry.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ledger.rate_card import RateCard
+
+
+class Directory(Protocol):
+    def member_of_node(self, node: bytes) -> bytes | None:
+        """The member whose node this is or was; None for a stranger."""
+
+    def may_issue(self, node: bytes) -> bool:
+        """Whether this node's entries may create credit."""
+
+    def may_act_for(self, node: bytes, account: bytes) -> bool:
+        """Whether this node's entries may open this account or move credit out of it (also `treasury`)."""
+
+    def rate_card(self, version: int) -> RateCard | None:
+        """The published rate card of that version."""

@@ -1,0 +1,261 @@
+"""The ledger of one node: its own journal to append to, everyone's to take in, and the books over all.
+
+An entry is checked, then written to the journal, then applied to the books; nothing is applied that is not
+durable. Every method is synchronous and safe to call from any thread (one lock). It knows no network: sync
+is `heads`, `missing` and `ingest`, and whoever owns a connection carries the bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from hashlib import sha256
+from threading import RLock
+
+from ledger import sync
+from ledger.books import Books, MemberTotals, SessionSummary, UnknownPartyError
+from ledger.chains import Chain, Fork, Tip
+from ledger.directory import Directory
+from ledger.entry import (
+    FIRST_PREV_HASH,
+    Body,
+    Entry,
+    EntryError,
+    HoldOpened,
+    HoldSettled,
+    HoldVoided,
+    decode_entry,
+    sign_entry,
+)
+from ledger.ingest import Draft, IngestResult
+from ledger.journal import Journal, Record
+from ledger.memory_journal import MemoryJournal
+from ledger.receipt import Receipt, Sign
+from ledger.rules import EntryRefused, check_entry
+from ledger.session_record import Hold
+from ledger.store.sql_journal import SqlJournal
+from ledger.verify import Violation, verify_journal
+
+MEMORY_URL = "memory:"
+
+
+class LedgerError(Exception):
+    """The entry was not written; the message is one line that says why. Nothing has changed."""
+
+
+class Ledger:
+    def __init__(
+        self,
+        journal: Journal,
+        pod: bytes,
+        directory: Directory,
+        author_public_key: bytes,
+        sign: Sign,
+        clock_ms: Callable[[], int],
+    ) -> None:
+        """Replays the journal. `sign` signs with the key of `author_public_key`; `clock_ms` is wall time."""
+        self._journal = journal
+        self._pod = pod
+        self._directory = directory
+        self._author = author_public_key
+        self._sign = sign
+        self._clock_ms = clock_ms
+        self._lock = RLock()
+        self._replay()
+
+    @classmethod
+    def open(
+        cls,
+        url: str,
+        pod: bytes,
+        directory: Directory,
+        author_public_key: bytes,
+        sign: Sign,
+        clock_ms: Callable[[], int],
+    ) -> Ledger:
+        """Open or create the ledger at an SQLAlchemy URL or `memory:`. Raises JournalError."""
+        journal: Journal = MemoryJournal() if url == MEMORY_URL else SqlJournal(url, pod)
+        return cls(journal, pod, directory, author_public_key, sign, clock_ms)
+
+    def close(self) -> None:
+        with self._lock:
+            self._journal.close()
+
+    def _replay(self) -> None:
+        self._books = Books(self._directory)
+        self._chains: dict[bytes, Chain] = {}
+        self._num_entries = 0
+        # How far below its last entry an author's head is advertised, to find where a branch left ours.
+        self._rewinds: dict[bytes, int] = {}
+        # Stored entries that the books could not take in; `verify` names them.
+        self._num_not_applied = 0
+        for record in self._journal.iterate():
+            self._num_entries += 1
+            self._chain(record.author).extend(record.index, record.hash, record.prev_hash)
+            try:
+                if sha256(record.raw).digest() != record.hash:
+                    raise EntryError("the stored bytes have changed")
+                self._books.apply(decode_entry(record.raw))
+            except (EntryError, UnknownPartyError):
+                self._num_not_applied += 1
+
+    def rebuild(self) -> None:
+        """Make the books anew from the journal, e.g. after the directory learned of more nodes."""
+        with self._lock:
+            self._replay()
+
+    def _chain(self, author: bytes) -> Chain:
+        return self._chains.setdefault(author, Chain(author))
+
+    # Writing
+
+    def append(self, body: Body) -> Entry:
+        """Sign, store and apply this node's next entry. Raises LedgerError or JournalError."""
+        with self._lock:
+            chain = self._chain(self._author)
+            if chain.is_forked:
+                raise LedgerError(
+                    "this node's journal has forked (its key was used twice): it needs a new key"
+                )
+            self._check_hold_is_unresolved(body)
+            last = chain.last
+            index, prev_hash = (last.index + 1, last.hash) if last else (0, FIRST_PREV_HASH)
+            try:
+                entry = sign_entry(
+                    self._pod, self._author, index, prev_hash, self._clock_ms(), body, self._sign
+                )
+                check_entry(entry, self._pod, self._directory, self._books.hold_payers)
+            except (EntryError, EntryRefused) as error:
+                raise LedgerError(f"{type(body).__name__} refused: {error}") from error
+            self._commit([entry])
+            chain.extend(entry.index, entry.hash, entry.prev_hash)
+            return entry
+
+    def _check_hold_is_unresolved(self, body: Body) -> None:
+        match body:
+            case HoldOpened(session=session):
+                if self._books.hold_payers(self._author, session):
+                    raise LedgerError("HoldOpened refused: this session has a hold already")
+            case HoldSettled(session=session) | HoldVoided(session=session):
+                if self._books.is_resolved(self._author, session):
+                    raise LedgerError(f"{type(body).__name__} refused: its hold is resolved already")
+            case _:
+                pass
+
+    def _commit(self, entries: Sequence[Entry]) -> None:
+        self._journal.write([Record.of(entry) for entry in entries])
+        self._num_entries += len(entries)
+        for entry in entries:
+            self._books.apply(entry)
+
+    def ingest(self, raws: Iterable[bytes]) -> IngestResult:
+        """Take in others' entries, in any order, doubled or not, in one database transaction.
+
+        An entry that breaks a rule or lacks its predecessor is refused by itself. Raises JournalError.
+        """
+        with self._lock:
+            draft = Draft(self._pod, self._directory, self._journal, self._books, self._chains, self._rewinds)
+            draft.offer_all(raws)
+            self._commit(draft.accepted)
+            self._chains.update(draft.chains)
+            self._rewinds.update(draft.rewinds)
+            forks = tuple(self._fork(author, index) for author, index in sorted(draft.forked))
+            return IngestResult(len(draft.accepted), tuple(draft.refused), forks)
+
+    # Sync
+
+    def heads(self) -> dict[bytes, tuple[Tip, ...]]:
+        """The last entries held of each author: what a peer's `missing` wants to know."""
+        with self._lock:
+            return {author: self._advertised(chain) for author, chain in self._chains.items() if chain.tips}
+
+    def _advertised(self, chain: Chain) -> tuple[Tip, ...]:
+        rewind = self._rewinds.get(chain.author, 0)
+        last = chain.last
+        if not rewind or last is None:
+            return chain.sorted_tips()
+        index = max(0, last.index - rewind)
+        return tuple(Tip(index, hash_) for hash_ in self._journal.hashes_at(chain.author, index))
+
+    def missing(self, heads: sync.Heads, max_bytes: int) -> tuple[list[bytes], bool]:
+        """Raw entries that a replica with these heads lacks, about `max_bytes`, and whether there are more."""
+        with self._lock:
+            return sync.missing(self._journal, self._chains, heads, max_bytes)
+
+    def digest(self) -> bytes:
+        """Equal on two replicas if and only if they hold the same entries."""
+        with self._lock:
+            return sync.digest(
+                {author: chain.sorted_tips() for author, chain in self._chains.items() if chain.tips}
+            )
+
+    def num_entries(self) -> int:
+        with self._lock:
+            return self._num_entries
+
+    def num_not_applied(self) -> int:
+        """Stored entries that are damaged or name an unknown party; 0 in a sound ledger."""
+        with self._lock:
+            return self._num_not_applied
+
+    def forks(self) -> list[Fork]:
+        with self._lock:
+            places = [
+                (author, index) for author, chain in self._chains.items() for index in chain.branch_indexes
+            ]
+            return [self._fork(author, index) for author, index in sorted(places)]
+
+    def _fork(self, author: bytes, index: int) -> Fork:
+        return Fork(author, index, tuple(self._journal.hashes_at(author, index)))
+
+    def is_frozen(self, author: bytes) -> bool:
+        """Whether the author signed two histories; a frozen node should be given no work."""
+        with self._lock:
+            chain = self._chains.get(author)
+            return chain is not None and chain.is_forked
+
+    # Reading
+
+    def balances(self) -> dict[bytes, int]:
+        with self._lock:
+            return self._books.balances()
+
+    def balance(self, account: bytes) -> int:
+        with self._lock:
+            return self._books.balance(account)
+
+    def available(self, account: bytes) -> int:
+        """Balance less open holds, in microcredits."""
+        with self._lock:
+            return self._books.available(account, self._clock_ms())
+
+    def is_account_open(self, member: bytes) -> bool:
+        """Whether the member has had the starter grant."""
+        with self._lock:
+            return self._books.is_account_open(member)
+
+    def open_holds(self) -> list[Hold]:
+        """Holds neither settled nor voided nor past their deadline, of all heads."""
+        with self._lock:
+            return self._books.open_holds(self._clock_ms())
+
+    def counts(self, receipt: Receipt) -> bool:
+        """Whether this receipt counts: a stage need not claim what is settled."""
+        with self._lock:
+            return self._books.counts(receipt)
+
+    def member_totals(self) -> dict[bytes, MemberTotals]:
+        with self._lock:
+            return self._books.member_totals()
+
+    def recent_sessions(self, limit: int) -> list[SessionSummary]:
+        with self._lock:
+            return self._books.recent_sessions(limit, self._clock_ms())
+
+    def session(self, head: bytes, session: bytes) -> SessionSummary | None:
+        with self._lock:
+            return self._books.session(head, session, self._clock_ms())
+
+    def verify(self) -> list[Violation]:
+        """Audit the stored entries from their raw bytes; empty when all is right. About 1 ms per entry."""
+        # Without the lock: the journal only grows, and requests must not wait for an audit.
+        return verify_journal(self._journal, self._pod, self._directory)

@@ -1,0 +1,144 @@
+"""What the books know of one inference session: its holds, how they ended, and the receipts that count.
+
+A join of everything said about the session: each method is commutative and idempotent in what it keeps, so
+the order in which entries arrive leaves no trace. It knows no balances.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from ledger.entry import HoldOpened, HoldSettled, HoldVoided
+from ledger.receipt import Receipt, SignedReceipt
+
+
+class SessionState(Enum):
+    OPEN = "open"
+    SETTLED = "settled"
+    VOIDED = "voided"
+    EXPIRED = "expired"
+    CLAIMED = "claimed"
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """An amount of `payer` reserved by `head` until `expires_at_ms`, at most."""
+
+    head: bytes
+    session: bytes
+    payer: bytes
+    key_id: bytes
+    model: bytes
+    amount_microcredits: int
+    opened_ms: int
+    expires_at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """The entry that ended the holds of a session. Of several, the first in the author's journal counts."""
+
+    index: int
+    hash: bytes
+    time_ms: int
+    body: HoldSettled | HoldVoided
+
+
+@dataclass(frozen=True, slots=True)
+class Consumption:
+    """Tokens a payer was given in one session."""
+
+    payer: bytes
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+
+
+@dataclass(slots=True)
+class SessionRecord:
+    """Mutable, owned by `Books`. `receipts` is keyed by (stage index, stage node).
+
+    The stage is part of the key because a head could otherwise void one stage's pay by signing a higher
+    sequence for another node at the same place in the route.
+    """
+
+    head: bytes
+    session: bytes
+    holds: dict[bytes, Hold] = field(default_factory=dict)
+    resolution: Resolution | None = None
+    receipts: dict[tuple[int, bytes], SignedReceipt] = field(default_factory=dict)
+    num_disputes: int = 0
+
+    def add_hold(self, body: HoldOpened, time_ms: int) -> None:
+        hold = Hold(
+            self.head,
+            self.session,
+            body.payer,
+            body.key_id,
+            body.model,
+            body.amount_microcredits,
+            time_ms,
+            body.expires_at_ms,
+        )
+        self.holds[body.payer] = max(self.holds.get(body.payer, hold), hold, key=_hold_rank)
+
+    def resolve(self, resolution: Resolution) -> None:
+        if self.resolution is None or _place(resolution) < _place(self.resolution):
+            self.resolution = resolution
+
+    def count(self, signed: SignedReceipt) -> Receipt | None:
+        """Keep the receipt if it outranks the one that counted; return the one that no longer counts."""
+        key = (signed.receipt.stage_index, signed.receipt.stage)
+        counted = self.receipts.get(key)
+        if counted is None or receipt_rank(signed.receipt) > receipt_rank(counted.receipt):
+            self.receipts[key] = signed
+            return counted.receipt if counted is not None else None
+        return signed.receipt
+
+    def counts(self, receipt: Receipt) -> bool:
+        counted = self.receipts.get((receipt.stage_index, receipt.stage))
+        return counted is not None and counted.receipt == receipt
+
+    def state(self, now_ms: int) -> SessionState:
+        """A resolution after the deadline finds an expired hold; its receipts count all the same."""
+        if not self.holds:
+            return SessionState.CLAIMED
+        expires_at_ms = max(hold.expires_at_ms for hold in self.holds.values())
+        if self.resolution is None:
+            return SessionState.OPEN if now_ms < expires_at_ms else SessionState.EXPIRED
+        if self.resolution.time_ms >= expires_at_ms:
+            return SessionState.EXPIRED
+        is_settled = isinstance(self.resolution.body, HoldSettled)
+        return SessionState.SETTLED if is_settled else SessionState.VOIDED
+
+    def consumption(self) -> Consumption | None:
+        """What the payer was given: as settled, else the most that any counting receipt says."""
+        payers = list(self.holds) or [signed.receipt.payer for signed in self.receipts.values()]
+        body = self.resolution.body if self.resolution is not None else None
+        if payers and isinstance(body, HoldSettled):
+            return Consumption(
+                min(payers), body.num_prompt_tokens, body.num_cached_tokens, body.num_output_tokens
+            )
+        if not self.receipts:
+            return None
+        receipts = [signed.receipt for signed in self.receipts.values()]
+        return Consumption(
+            min(payers),
+            max(receipt.num_prompt_tokens for receipt in receipts),
+            max(receipt.num_cached_tokens for receipt in receipts),
+            max(receipt.num_output_tokens for receipt in receipts),
+        )
+
+
+def receipt_rank(receipt: Receipt) -> tuple[int, int, bytes]:
+    """The highest sequence counts; a head that signs one sequence twice pays the higher of the two."""
+    return receipt.sequence, receipt.amount_microcredits, receipt.encode()
+
+
+def _hold_rank(hold: Hold) -> tuple[int, int, int, bytes, bytes]:
+    return hold.amount_microcredits, hold.expires_at_ms, hold.opened_ms, hold.key_id, hold.model
+
+
+def _place(resolution: Resolution) -> tuple[int, bytes]:
+    return resolution.index, resolution.hash
