@@ -18,7 +18,17 @@ DEFAULT_API_ADDRESS = "127.0.0.1:8420"
 DEFAULT_LISTEN_ADDRESS = "0.0.0.0:8421"
 DEFAULT_DATA_ADDRESS = "0.0.0.0:8422"
 
-_UNITS_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_UNITS_BYTES = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,87 @@
+"""kill -9 is an ordinary event: the client hears of it, the books are right, the pod comes back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import openai
+import pytest
+
+from node.local_pod import LocalNode
+from tests.e2e.conftest import MODEL, LocalPod, wait_until
+
+pytestmark = pytest.mark.processes
+
+
+def kill(node: LocalNode) -> None:
+    """Node and engine at once, like a power cut."""
+    assert node.process is not None
+    os.killpg(node.process.pid, signal.SIGKILL)
+    node.process.wait(10)
+
+
+def identity(node: LocalNode) -> str:
+    return str(node.pod("status")["node"]["id"])
+
+
+def test_a_stage_killed_in_a_stream_ends_it_and_the_pod_recovers(own_pod: LocalPod) -> None:
+    asked, victim = own_pod.nodes[0], own_pod.nodes[2]
+    before = identity(victim)
+    untouched = [node.process.pid for node in own_pod.nodes[:2] if node.process is not None]
+    stream = own_pod.client(0).completions.create(
+        model=MODEL,
+        prompt="Once upon a time",
+        max_tokens=2000,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    num_chunks, killed_s = 0, 0.0
+    with pytest.raises(openai.APIError) as failure:
+        for _ in stream:
+            num_chunks += 1
+            if num_chunks == 5:
+                kill(victim)
+                killed_s = time.monotonic()
+    assert killed_s, "the stream ended before the kill"
+    assert time.monotonic() - killed_s < 10
+    assert failure.value.message
+
+    def voided() -> bool:
+        books = asked.pod("ledger")
+        return books["num_open_holds"] == 0 and books["recent"][0]["state"] == "voided"
+
+    wait_until("the hold is voided", voided, 10)
+    victim.start("up")
+    victim.wait_until_up()
+    assert identity(victim) == before
+
+    def answers() -> bool:
+        try:
+            done = own_pod.client(1).completions.create(model=MODEL, prompt="Hello", max_tokens=4)
+        except openai.APIStatusError:
+            return False
+        return bool(done.choices[0].text)
+
+    wait_until("the next request works", answers, 60, 0.5)
+    assert untouched == [node.process.pid for node in own_pod.nodes[:2] if node.process is not None]
+    for node in own_pod.nodes:
+        assert node.pod("ledger", "verify")["ok"]
+
+
+def test_any_node_comes_back_as_itself_after_kill_9(own_pod: LocalPod) -> None:
+    own_pod.client(0).completions.create(model=MODEL, prompt="Hello", max_tokens=4)
+    for node in own_pod.nodes:
+        before, num_entries = identity(node), node.pod("ledger")["num_entries"]
+        kill(node)
+        verified = node.pod("ledger", "verify")
+        assert verified["ok"]
+        assert verified["num_entries"] >= num_entries
+        node.start("up")
+        node.wait_until_up()
+        assert identity(node) == before
+    for index in range(3):
+        own_pod.wait_ready(index, 1)
+    own_pod.client(1).completions.create(model=MODEL, prompt="Hello", max_tokens=4)
