@@ -100,7 +100,7 @@ class Books:
         self._grants: dict[bytes, int] = {}
         self._sessions: dict[SessionKey, SessionRecord] = {}
         self._unresolved: dict[bytes, dict[SessionKey, Hold]] = {}
-        self._totals: dict[bytes, MemberTotals] = {}
+        self._totals: defaultdict[bytes, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._recent: list[tuple[int, bytes, bytes]] = []
 
     def apply(self, entry: Entry) -> tuple[Posting, ...]:
@@ -235,11 +235,9 @@ class Books:
                 )
 
     def _add_totals(self, member: bytes, **changes: int) -> None:
-        totals = self._totals.get(member, MemberTotals())
-        current = {name: getattr(totals, name) for name in MemberTotals.__slots__}
-        self._totals[member] = MemberTotals(
-            **{name: value + changes.get(name, 0) for name, value in current.items()}
-        )
+        totals = self._totals[member]
+        for name, change in changes.items():
+            totals[name] += change
 
     def balances(self) -> dict[bytes, int]:
         return dict(self._balances)
@@ -275,7 +273,7 @@ class Books:
         return member in self._grants
 
     def member_totals(self) -> dict[bytes, MemberTotals]:
-        return dict(self._totals)
+        return {member: MemberTotals(**totals) for member, totals in self._totals.items()}
 
     def recent_sessions(self, limit: int, now_ms: int) -> list[SessionSummary]:
         """The sessions opened last, newest first."""

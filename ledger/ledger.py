@@ -177,7 +177,7 @@ class Ledger:
         return tuple(Tip(index, hash_) for hash_ in self._journal.hashes_at(chain.author, index))
 
     def missing(self, heads: sync.Heads, max_bytes: int) -> tuple[list[bytes], bool]:
-        """Raw entries that a replica with these heads lacks, about `max_bytes`, and whether there are more."""
+        """Raw entries that a replica with these heads lacks, about `max_bytes`, and whether more are."""
         with self._lock:
             return sync.missing(self._journal, self._chains, heads, max_bytes)
 

@@ -158,8 +158,9 @@ class SignedReceipt:
         try:
             reader = canonical.decode(raw, MAX_SIGNED_RECEIPT_BYTES)
             reader.expect_num_fields(3)
+            receipt_raw = reader.raw_up_to(0, _MAX_RECEIPT_BYTES)
             signed = SignedReceipt(
-                receipt=Receipt.decode(reader.raw_up_to(0, _MAX_RECEIPT_BYTES)),
+                receipt=Receipt.decode(receipt_raw),
                 head_signature=reader.raw(1, SIGNATURE_BYTES),
                 stage_signature=reader.raw_up_to(2, SIGNATURE_BYTES),
             )
@@ -167,7 +168,7 @@ class SignedReceipt:
             raise ReceiptError(f"not a signed receipt: {error}") from error
         if len(signed.stage_signature) not in (0, SIGNATURE_BYTES):
             raise ReceiptError("not a signed receipt: the stage's signature has a wrong size")
-        if signed.encode() != raw:
+        if canonical.encode((receipt_raw, signed.head_signature, signed.stage_signature)) != raw:
             raise ReceiptError("not a signed receipt in canonical form")
         return signed
 

@@ -23,9 +23,9 @@ class SessionState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """An amount of `payer` reserved by `head` until `expires_at_ms`, at most."""
+    """An amount of `payer` that head `author` reserved until `expires_at_ms`, at most."""
 
-    head: bytes
+    author: bytes
     session: bytes
     payer: bytes
     key_id: bytes
