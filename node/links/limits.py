@@ -9,7 +9,11 @@ from node.links.frames import Lane
 
 @dataclass(frozen=True, slots=True)
 class LinkLimits:
-    """`queued` bounds what one lane to one peer may have waiting; `held` what its receiver keeps of rows."""
+    """`queued` bounds what one lane to one peer may have waiting; `held` what its receiver keeps of rows.
+
+    Liveness counts ticks of this process, not the clock: a process that was itself stopped or starved has
+    ticked less, and does not blame its peers.
+    """
 
     max_num_queued_bytes: dict[Lane, int] = field(
         default_factory=lambda: {Lane.DECODE: 32 << 20, Lane.BULK: 64 << 20}
@@ -20,8 +24,9 @@ class LinkLimits:
     max_num_connections: int = 1024
     max_num_handshakes: int = 32
     handshake_timeout_s: float = 5.0
-    ping_interval_s: float = 1.0
-    silence_timeout_s: float = 3.0
+    tick_s: float = 0.5
+    num_ticks_per_ping: int = 2
+    max_num_silent_ticks: int = 6
 
 
 DEFAULT_LIMITS = LinkLimits()
