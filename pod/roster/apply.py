@@ -98,7 +98,7 @@ class _Draft:
     revoked_keys: set[tuple[bytes, bytes]] = field(default_factory=set)
     models: dict[str, Model] = field(default_factory=dict)
     policy: bytes | None = None
-    removed_nodes: set[bytes] = field(default_factory=set)
+    removed_nodes: dict[bytes, Node] = field(default_factory=dict)
     lost_joins: list[LostJoin] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -155,7 +155,8 @@ class _Draft:
         nodes = {id: node for id, node in self.nodes.items() if node.member in members}
         body = self.created.body
         assert isinstance(body, PodCreated)
-        gone_nodes = {id for id, node in self.nodes.items() if node.member not in members}
+        gone_nodes = {id: node for id, node in self.nodes.items() if node.member not in members}
+        former_nodes = self.removed_nodes | gone_nodes
         return Roster(
             pod=self.pod,
             name=body.name,
@@ -166,8 +167,10 @@ class _Draft:
             revoked_keys=frozenset(self.revoked_keys),
             models=self.models,
             policy=self.policy,
-            removed=frozenset(self.removals) | self.removed_nodes | gone_nodes,
+            removed=frozenset(self.removals) | former_nodes.keys(),
             lost_joins=tuple(self.lost_joins),
+            former_members={id: member for id, member in self.members.items() if id in self.removals},
+            former_nodes=former_nodes,
         )
 
     def _outranks(self, author: Member, member: bytes) -> bool:
@@ -220,8 +223,7 @@ class _Draft:
     def _remove_node(self, author: Member, node: bytes) -> None:
         found = self.nodes.get(node)
         if found is not None and (found.member == author.id or self._outranks(author, found.member)):
-            del self.nodes[node]
-            self.removed_nodes.add(node)
+            self.removed_nodes[node] = self.nodes.pop(node)
 
     def _change_role(self, author: Member, body: RoleChanged) -> None:
         member = self.members.get(body.member)

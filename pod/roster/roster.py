@@ -85,7 +85,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Roster:
-    """`removed` holds member and node ids that never come back under the same key."""
+    """`removed` holds member and node ids that never come back under the same key.
+
+    `former_members` and `former_nodes` say who those were: what they signed stays in the pod's books.
+    """
 
     pod: bytes
     name: str
@@ -98,6 +101,8 @@ class Roster:
     policy: bytes | None
     removed: frozenset[bytes]
     lost_joins: tuple[LostJoin, ...]
+    former_members: Mapping[bytes, Member]
+    former_nodes: Mapping[bytes, Node]
 
     @property
     def owner(self) -> Member:
