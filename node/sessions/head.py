@@ -17,7 +17,7 @@ from typing import Any
 from ledger.entry import HoldOpened, HoldSettled, HoldVoided, VoidReason
 from ledger.rate_card import RateCard
 from ledger.receipt import Sign
-from node.gateway.backend import GenerationFailed, NoRoute, Usage
+from node.gateway.backend import NoRoute, Usage
 from node.ledger_thread import LedgerThread
 from node.links.frames import (
     CloseSession,
@@ -28,8 +28,9 @@ from node.links.frames import (
     Stage,
     StartSession,
 )
-from node.links.head_links import HeadLinks, LinkLost, Subscription
+from node.links.head_links import HeadLinks
 from node.links.port import LinkDown, LinkFull
+from node.links.subscriptions import LinkLost, Received, Subscription
 from node.models.manifest import Manifest
 from node.sessions.receipts import SessionReceipts
 from node.sessions.session import HeadSession
@@ -111,7 +112,7 @@ class Head:
         return len(self._sessions)
 
     async def open(self, request: SessionRequest, rate_card: RateCard) -> HeadSession:
-        """Hold, route, stages. Raises NoRoute or GenerationFailed with nothing left open, also on cancellation."""
+        """Hold, route, stages. Raises NoRoute with nothing left open; cancelled, likewise."""
         if len(self._sessions) >= MAX_NUM_SESSIONS:
             raise NoRoute(f"this node already runs {MAX_NUM_SESSIONS} requests")
         now_ms = self._clock_ms()
@@ -227,15 +228,15 @@ class Head:
         """One round trip: every stage reserves its KV room, then the first is told to start."""
         for index, stage in enumerate(terms.route):
             self._links.send(stage.node, terms.open_frame(index, hold_microcredits))
-        waiting = set(range(len(terms.route)))
+        waiting = {stage.node for stage in terms.route}
         while waiting:
-            match await anext(subscription):
-                case SessionOpened(stage_index=index):
-                    waiting.discard(index)
-                case SessionError(stage_index=index, code=code, message=message):
-                    raise _NotOpened(terms.route[min(index, len(terms.route) - 1)].node, code, message)
-                case LinkLost(node=node):
-                    raise _NotOpened(node, ErrorCode.NEXT_HOP_UNREACHABLE, "a stage's link was lost")
+            match await subscription.next():
+                case Received(node=node, frame=SessionOpened()):
+                    waiting.discard(node)
+                case Received(node=node, frame=SessionError(code=code, message=message)):
+                    raise _NotOpened(node, code, message)
+                case LinkLost(node=node, reason=reason) if node in waiting:
+                    raise _NotOpened(node, ErrorCode.NEXT_HOP_UNREACHABLE, f"a stage's link: {reason}")
                 case _:
                     pass
         self._links.send(terms.route[0].node, StartSession(terms.session))
@@ -268,7 +269,7 @@ class Head:
     async def recover(self) -> int:
         """Void the holds that this node's earlier life left open. Returns how many."""
         mine = await self._ledger.run(
-            lambda ledger: [hold for hold in ledger.open_holds() if hold.author == self._node]
+            lambda ledger: [hold for hold in ledger.open_holds() if hold.head == self._node]
         )
         for hold in mine:
             voided = HoldVoided(hold.session, VoidReason.FAILED)

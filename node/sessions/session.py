@@ -22,8 +22,9 @@ from node.links.frames import (
     TokenBatch,
     TokenItem,
 )
-from node.links.head_links import HeadLinks, LinkLost, Subscription
+from node.links.head_links import HeadLinks
 from node.links.port import LinkDown, LinkFull
+from node.links.subscriptions import Event, LinkLost, Received, Subscription
 from node.sessions.receipts import SessionReceipts
 from node.sessions.terms import SessionTerms
 
@@ -63,29 +64,40 @@ class HeadSession:
         while not self._finished:
             try:
                 async with asyncio.timeout(STALL_TIMEOUT_S):
-                    frame = await anext(self._subscription)
+                    event = await self._subscription.next()
             except TimeoutError:
-                self.failed = True
-                raise GenerationFailed(f"no token came for {STALL_TIMEOUT_S:.0f} s") from None
-            match frame:
-                case TokenBatch(items=items):
-                    for item in items:
-                        if item.session == self.terms.session:
-                            yield self._take(item)
-                case SessionError(stage_index=index, message=message):
-                    self.failed = True
-                    raise GenerationFailed(f"stage {index + 1} of {len(self.terms.route)}: {message}")
-                case LinkLost():
-                    self.failed = True
-                    raise GenerationFailed("a node that serves this request is gone")
-                case _:
-                    self._note(frame)
+                raise self._failure(f"no token came for {STALL_TIMEOUT_S:.0f} s") from None
+            for token in self._take(event):
+                yield token
 
-    def _take(self, item: TokenItem) -> GeneratedToken:
+    def _take(self, event: Event) -> list[GeneratedToken]:
+        """What one event brings: tokens from the last stage only, errors from any stage of the route."""
+        route = self.terms.route
+        match event:
+            case Received(node=node, frame=TokenBatch(items=items)) if node == route[-1].node:
+                return [self._take_token(item) for item in items]
+            case Received(node=node, frame=SessionError(message=message)):
+                raise self._failure(f"the stage {self._stage_text(node)} gave up: {message}")
+            case LinkLost(node=node, reason=reason) if self._is_on_route(node):
+                raise self._failure(f"the stage {self._stage_text(node)} is gone: {reason}")
+            case _:
+                self._note(event)
+                return []
+
+    def _is_on_route(self, node: bytes) -> bool:
+        return any(stage.node == node for stage in self.terms.route)
+
+    def _stage_text(self, node: bytes) -> str:
+        return ",".join(f"[{s.start_layer}:{s.end_layer})" for s in self.terms.route if s.node == node)
+
+    def _failure(self, message: str) -> GenerationFailed:
+        self.failed = True
+        return GenerationFailed(message)
+
+    def _take_token(self, item: TokenItem) -> GeneratedToken:
         expected = len(self.terms.prompt_ids) + len(self.token_ids)
         if item.position != expected:
-            self.failed = True
-            raise GenerationFailed(f"a token for position {item.position} came, {expected} was due")
+            raise self._failure(f"a token for position {item.position} came, {expected} was due")
         now_s = time.monotonic()
         self.first_token_s = self.first_token_s or now_s
         self.last_token_s = now_s
@@ -95,11 +107,14 @@ class HeadSession:
             self._send_receipts(len(self.token_ids))
         return GeneratedToken(item.token_id, item.finish_reason)
 
-    def _note(self, frame: object) -> None:
-        if isinstance(frame, ReceiptSigned):
-            self._receipts.accept(frame.receipt)
-        elif isinstance(frame, StageTiming):
-            self.timings[frame.stage_index] = frame
+    def _note(self, event: Event) -> None:
+        match event:
+            case Received(frame=ReceiptSigned(receipt=receipt)):
+                self._receipts.accept(receipt)
+            case Received(frame=StageTiming() as timing):
+                self.timings[timing.stage_index] = timing
+            case _:
+                pass
 
     def _send_receipts(self, num_output_tokens: int) -> None:
         for stage, frame in zip(self.terms.route, self._receipts.sign(num_output_tokens), strict=True):
@@ -119,10 +134,10 @@ class HeadSession:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CO_SIGN_TIMEOUT_S):
                 while not self._receipts.is_complete() and waiting_for:
-                    frame = await anext(self._subscription)
-                    self._note(frame)
-                    if isinstance(frame, LinkLost):
-                        waiting_for.discard(frame.node)
+                    event = await self._subscription.next()
+                    self._note(event)
+                    if isinstance(event, LinkLost):
+                        waiting_for.discard(event.node)
         return self._receipts.co_signed()
 
     async def settle(self, num_output_tokens: int) -> Usage:
