@@ -7,8 +7,6 @@ request. Headers wait for the first token (or the first keep-alive): a stage tha
 
 from __future__ import annotations
 
-import asyncio
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -22,10 +20,10 @@ from node.gateway.answers import AnswerShape, Choice, Json, total_usage, usage_o
 from node.gateway.backend import Backend, BackendRefusal, Caller, GenerationRequest, TextTokenizer
 from node.gateway.delivery import Delivery
 from node.gateway.errors import error_of, internal_error
+from node.gateway.events import ClientStalled, EventWriter, event, while_connected
 from node.gateway.interleave import interleave
 from node.gateway.metrics import GatewayMetrics
 
-WRITE_TIMEOUT_S = 60.0
 MAX_ROUTE_HEADER_CHARS = 4096
 
 log = logging.getLogger(__name__)
@@ -55,16 +53,7 @@ class GenerationResponse(Response):
         self._started_at = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.create_task(self._answer(scope, receive, send))
-        gone = asyncio.create_task(_client_gone(receive))
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            gone.cancel()
-            work.cancel()
-            await asyncio.wait({work, gone})
-        if not work.cancelled():
-            work.result()
+        await while_connected(receive, self._answer(scope, receive, send))
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with AsyncExitStack() as open_deliveries:
@@ -108,7 +97,7 @@ class GenerationResponse(Response):
                 await writer.write(event(self._job.shape.usage_chunk() | usage))
             await writer.end(b"data: [DONE]\n\n")
         except Exception as error:
-            if not writer.started:
+            if not writer.started or isinstance(error, ClientStalled):
                 raise
             if not isinstance(error, BackendRefusal):
                 log.exception("a stream broke off")
@@ -141,42 +130,7 @@ class GenerationResponse(Response):
         return {"usage": None} if self._job.include_usage else {}
 
 
-class EventWriter:
-    """Server-sent events on one response; the headers leave with the first write."""
-
-    def __init__(self, send: Send, headers: dict[str, str]) -> None:
-        self._send = send
-        self._headers = headers
-        self.started = False
-
-    async def write(self, data: bytes) -> None:
-        await self._write(data, more=True)
-
-    async def end(self, data: bytes) -> None:
-        await self._write(data, more=False)
-
-    async def _write(self, data: bytes, more: bool) -> None:
-        """A client that reads nothing for `WRITE_TIMEOUT_S` is as good as gone."""
-        async with asyncio.timeout(WRITE_TIMEOUT_S):
-            if not self.started:
-                self.started = True
-                fixed = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-                start = Response(headers=self._headers | fixed, media_type="text/event-stream")
-                headers = [item for item in start.raw_headers if item[0] != b"content-length"]
-                await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-            await self._send({"type": "http.response.body", "body": data, "more_body": more})
-
-
-def event(value: Json) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
 def route_header(deliveries: Sequence[Delivery]) -> str:
     """Distinct routes of the choices. Node names are others' words: nothing but printable ASCII leaves."""
     text = "; ".join(dict.fromkeys(delivery.generation.route_text for delivery in deliveries))
     return "".join(char if " " <= char <= "~" else "?" for char in text)[:MAX_ROUTE_HEADER_CHARS]
-
-
-async def _client_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -1,0 +1,41 @@
+"""The application of one node: API, dashboard, metrics and health, over one `Backend`."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse
+from prometheus_client import CollectorRegistry
+
+from node.dashboard.routes import Dashboard
+from node.dashboard.routes import router as dashboard_router
+from node.gateway.access import Logins
+from node.gateway.backend import Backend
+from node.gateway.errors import add_error_handlers
+from node.gateway.metrics import GatewayMetrics, PodCollector
+from node.gateway.request_context import RequestContext
+from node.gateway.routes import Gateway
+from node.gateway.routes import router as api_router
+
+KEEP_ALIVE_S = 10.0
+
+
+def create_app(
+    backend: Backend, *, registry: CollectorRegistry | None = None, keep_alive_s: float = KEEP_ALIVE_S
+) -> FastAPI:
+    """Every request passes `RequestContext`, then one router. `registry` may hold the node's own metrics."""
+    metrics = GatewayMetrics(registry or CollectorRegistry())
+    metrics.registry.register(PodCollector(backend))
+    app = FastAPI(title="gpu-pod", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.gateway = Gateway(backend, metrics, keep_alive_s)
+    app.state.dashboard = Dashboard(backend, metrics, Logins(backend))
+    add_error_handlers(app)
+    app.add_middleware(RequestContext, metrics=metrics)
+    app.include_router(api_router)
+    app.include_router(dashboard_router)
+    app.add_api_route("/healthz", health, methods=["GET", "HEAD"])
+    return app
+
+
+async def health() -> PlainTextResponse:
+    """Unauthenticated, so it says no more than that the node answers."""
+    return PlainTextResponse("ok\n")

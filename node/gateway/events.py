@@ -1,0 +1,69 @@
+"""Server-sent events on one response, and work that ends when its client goes. Knows not what is sent."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Coroutine, Mapping
+
+from starlette.responses import Response
+from starlette.types import Receive, Send
+
+WRITE_TIMEOUT_S = 60.0
+
+
+class ClientStalled(Exception):
+    """The client keeps its connection and reads nothing; there is nobody to tell."""
+
+
+class EventWriter:
+    """Server-sent events on one response; the headers leave with the first write."""
+
+    def __init__(self, send: Send, headers: Mapping[str, str]) -> None:
+        self._send = send
+        self._headers = dict(headers)
+        self.started = False
+
+    async def write(self, data: bytes) -> None:
+        await self._write(data, more=True)
+
+    async def end(self, data: bytes) -> None:
+        await self._write(data, more=False)
+
+    async def _write(self, data: bytes, more: bool) -> None:
+        if not self.started:
+            self.started = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": self._raw_headers()})
+        try:
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
+                await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        except TimeoutError:
+            raise ClientStalled(f"nothing read for {WRITE_TIMEOUT_S:.0f} s") from None
+
+    def _raw_headers(self) -> list[tuple[bytes, bytes]]:
+        fixed = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        response = Response(headers=self._headers | fixed, media_type="text/event-stream")
+        return [item for item in response.raw_headers if item[0] != b"content-length"]
+
+
+def event(value: Mapping[str, object]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def while_connected(receive: Receive, work: Coroutine[None, None, None]) -> None:
+    """Run `work`; cancel it when the client disconnects, and wait until it has cleaned up."""
+    working = asyncio.create_task(work)
+    gone = asyncio.create_task(_client_gone(receive))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone.cancel()
+        working.cancel()
+        await asyncio.wait({working, gone})
+    if not working.cancelled():
+        working.result()
+
+
+async def _client_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
