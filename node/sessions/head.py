@@ -269,7 +269,7 @@ class Head:
     async def recover(self) -> int:
         """Void the holds that this node's earlier life left open. Returns how many."""
         mine = await self._ledger.run(
-            lambda ledger: [hold for hold in ledger.open_holds() if hold.head == self._node]
+            lambda ledger: [hold for hold in ledger.open_holds() if hold.author == self._node]
         )
         for hold in mine:
             voided = HoldVoided(hold.session, VoidReason.FAILED)

@@ -1,0 +1,294 @@
+"""The node behind its gateway: keys from the roster, prompts to the head, everything shown from one place.
+
+Implements `gateway.backend.Backend`. It joins what others decide; it decides nothing about routes or prices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+
+from ledger.entry import ISSUANCE, TREASURY
+from ledger.rate_card import DEFAULT_RATE_CARD
+from ledger.session_record import SessionState
+from node.books_view import account_rows, member_name, model_name, node_name, session_route_text
+from node.catalogue import Catalogue, Entry
+from node.changes import Changes
+from node.gateway.backend import (
+    Caller,
+    DashboardView,
+    GeneratedToken,
+    GenerationRequest,
+    KeyRefused,
+    LedgerState,
+    MemberRow,
+    ModelCard,
+    ModelRow,
+    ModelState,
+    NodeRow,
+    NoRoute,
+    RequestRow,
+    RequestState,
+    ShardRow,
+    TextTokenizer,
+    Usage,
+)
+from node.ledger_thread import LedgerThread
+from node.models.errors import ModelError
+from node.models.tokenizer import ChatTokenizer
+from node.pod_state import PodState
+from node.sessions.head import Head, SessionRequest
+from node.sessions.session import HeadSession
+from pod.api_key import ApiKeyError, parse_bearer, verify
+
+LOCAL_KEY_ID = bytes(16)
+MAX_NUM_RECENT = 30
+MAX_NUM_SPEEDS = 1000
+
+_REQUEST_STATES = {
+    SessionState.OPEN: RequestState.OPEN,
+    SessionState.SETTLED: RequestState.SETTLED,
+}
+
+
+class NodeBackend:
+    def __init__(
+        self,
+        *,
+        node: bytes,
+        state: PodState,
+        catalogue: Catalogue,
+        head: Head,
+        ledger: LedgerThread,
+        changes: Changes,
+        local_token: Callable[[], str],
+        clock_ms: Callable[[], int],
+    ) -> None:
+        self._node = node
+        self._state = state
+        self._catalogue = catalogue
+        self._head = head
+        self._ledger = ledger
+        self._changes = changes
+        self._local_token = local_token
+        self._clock_ms = clock_ms
+        # Decode speed of sessions this node was the head of; the ledger does not know it.
+        self._speeds: OrderedDict[bytes, float] = OrderedDict()
+
+    async def authenticate(self, bearer: str) -> Caller:
+        roster = self._state.roster
+        if hmac.compare_digest(bearer.encode(), self._local_token().encode()):
+            member = roster.member_of_node(self._node)
+            if member is None:
+                raise KeyRefused("this node is no longer in the pod")
+            return Caller(member, member_name(roster, member), LOCAL_KEY_ID)
+        try:
+            _, delegation = parse_bearer(bearer)
+            verify(delegation, roster, self._clock_ms())
+        except ApiKeyError as error:
+            raise KeyRefused(str(error)) from None
+        name = member_name(roster, delegation.member)
+        return Caller(delegation.member, name, delegation.key_id, delegation.encode(), delegation.models)
+
+    def may_view(self, member: bytes, key_id: bytes) -> bool:
+        roster = self._state.roster
+        if member not in roster.members or (member, key_id) in roster.revoked_keys:
+            return False
+        key = roster.keys.get(key_id)
+        return key is None or not key.expires_ms or self._clock_ms() <= key.expires_ms
+
+    def models(self) -> Sequence[ModelCard]:
+        roster = self._state.roster
+        return [
+            ModelCard(
+                name=entry.deployed.name,
+                created_s=0,
+                owner=roster.name,
+                vocab_size=entry.manifest.vocab_size,
+                max_context_tokens=entry.manifest.max_context_tokens,
+                ready=self._state.route_of(entry.deployed.id) is not None,
+            )
+            for entry in self._catalogue.entries()
+        ]
+
+    async def tokenizer(self, model: str) -> TextTokenizer:
+        entry = self._entry(model)
+        if not entry.has_bundle:
+            raise NoRoute(f"this node does not have the tokenizer of {model} yet; try again shortly")
+        try:
+            return _Tokenizer(await asyncio.to_thread(self._catalogue.tokenizer, entry.deployed.id))
+        except ModelError as error:
+            raise NoRoute(str(error)) from None
+
+    def _entry(self, model: str) -> Entry:
+        entry = self._catalogue.find(model)
+        if entry is None:
+            raise NoRoute(f"the pod no longer serves {model}")
+        return entry
+
+    async def generate(self, caller: Caller, request: GenerationRequest) -> _Generation:
+        entry = self._entry(request.model)
+        session = await self._head.open(
+            SessionRequest(
+                payer=caller.member,
+                key_id=caller.key_id,
+                model=entry.deployed.id,
+                manifest=entry.manifest,
+                prompt_ids=request.prompt_ids,
+                sampling=request.sampling,
+            ),
+            DEFAULT_RATE_CARD,
+        )
+        self._changes.tell()
+        return _Generation(session, self._state.route_text(session.terms.route), self._ended)
+
+    def _ended(self, session: HeadSession) -> None:
+        if session.tokens_per_s is not None:
+            self._speeds[session.terms.session] = session.tokens_per_s
+            while len(self._speeds) > MAX_NUM_SPEEDS:
+                self._speeds.popitem(last=False)
+        self._changes.tell()
+
+    def dashboard(self) -> DashboardView:
+        roster, ledger = self._state.roster, self._ledger.ledger
+        rows = account_rows(ledger, roster)
+        pots = {row.account: row.balance_microcredits for row in rows if row.account in (TREASURY, ISSUANCE)}
+        return DashboardView(
+            pod_name=roster.name,
+            node_name=node_name(roster, self._node),
+            member_name=member_name(roster, roster.member_of_node(self._node) or b""),
+            members=tuple(
+                MemberRow(
+                    member=row.account,
+                    name=row.name,
+                    role=row.role,
+                    balance_microcredits=row.balance_microcredits,
+                    num_served_tokens=row.num_served_tokens,
+                    num_consumed_tokens=row.num_consumed_tokens,
+                    earned_microcredits=row.totals.microcredits_earned,
+                    spent_microcredits=row.totals.microcredits_spent,
+                )
+                for row in rows
+                if row.account not in pots
+            ),
+            treasury_microcredits=pots[TREASURY],
+            issuance_microcredits=pots[ISSUANCE],
+            nodes=self._node_rows(),
+            models=tuple(self._model_row(entry) for entry in self._catalogue.entries()),
+            requests=self._request_rows(),
+            ledger=LedgerState(ledger.num_entries(), len(ledger.heads()), ledger.digest()),
+        )
+
+    def _node_rows(self) -> tuple[NodeRow, ...]:
+        roster, statuses, live = self._state.roster, self._state.statuses(), self._state.live()
+        rows = []
+        for node in sorted(roster.nodes.values(), key=lambda n: n.name):
+            status = statuses.get(node.id)
+            shards = status.shards if status else ()
+            rows.append(
+                NodeRow(
+                    node=node.id,
+                    name=node.name,
+                    member_name=member_name(roster, node.member),
+                    device=status.device if status else "",
+                    memory_bytes=status.memory_bytes if status else 0,
+                    live=node.id in live,
+                    is_this_node=node.id == self._node,
+                    address=status.data_address if status else "",
+                    shards=tuple(
+                        ShardRow(model_name(roster, s.model), s.start_layer, s.end_layer, s.loaded_per_mille)
+                        for s in shards
+                    ),
+                    note=self._state.note_of(node.id),
+                )
+            )
+        return tuple(rows)
+
+    def _model_row(self, entry: Entry) -> ModelRow:
+        condition = self._state.condition_of(entry)
+        return ModelRow(
+            name=entry.deployed.name,
+            num_layers=entry.manifest.num_layers,
+            num_parameters=entry.manifest.stage_num_parameters(0, entry.manifest.num_layers),
+            dtype=entry.manifest.dtype,
+            max_context_tokens=entry.manifest.max_context_tokens,
+            state=ModelState(condition.state),
+            loaded_per_mille=condition.loaded_per_mille,
+            reason=condition.reason,
+        )
+
+    def _request_rows(self) -> tuple[RequestRow, ...]:
+        roster = self._state.roster
+        return tuple(
+            RequestRow(
+                session=summary.session,
+                time_ms=summary.opened_ms or 0,
+                member_name=member_name(roster, summary.payer),
+                model_name=model_name(roster, summary.model),
+                route_text=session_route_text(roster, summary),
+                num_prompt_tokens=summary.num_prompt_tokens,
+                num_output_tokens=summary.num_output_tokens,
+                tokens_per_s=self._speeds.get(summary.session),
+                price_microcredits=summary.amount_microcredits,
+                state=_REQUEST_STATES.get(summary.state, RequestState.VOIDED),
+            )
+            for summary in self._ledger.ledger.recent_sessions(MAX_NUM_RECENT)
+        )
+
+    def changes(self) -> AsyncIterator[None]:
+        return self._changes.listen()
+
+
+class _Generation:
+    """A head's session as the gateway sees it."""
+
+    def __init__(self, session: HeadSession, route_text: str, on_end: Callable[[HeadSession], None]) -> None:
+        self._session = session
+        self._route_text = route_text
+        self._on_end = on_end
+
+    @property
+    def session(self) -> bytes:
+        return self._session.terms.session
+
+    @property
+    def route_text(self) -> str:
+        return self._route_text
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self._session.terms.prompt_ids)
+
+    def tokens(self) -> AsyncGenerator[GeneratedToken, None]:
+        return self._session.tokens()
+
+    async def settle(self, num_output_tokens: int) -> Usage:
+        try:
+            return await self._session.settle(num_output_tokens)
+        finally:
+            self._on_end(self._session)
+
+
+class _Tokenizer:
+    """A package's tokenizer with the errors the gateway expects."""
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return self._tokenizer.eos_token_ids
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        try:
+            return self._tokenizer.apply_chat_template(messages)
+        except ModelError as error:
+            raise ValueError(str(error)) from None
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        return self._tokenizer.decode(ids, skip_special)

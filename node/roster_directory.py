@@ -1,0 +1,37 @@
+"""The ledger's questions about the pod, answered from the roster.
+
+Answers are permanent, as the ledger asks: former nodes still belong to their members, and the rights to issue
+and to move the treasury's credit are the owner's, who never changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ledger.entry import TREASURY
+from ledger.rate_card import DEFAULT_RATE_CARD, RateCard
+from pod.roster.roster import Roster
+
+
+class RosterDirectory:
+    """`roster()` is asked anew each time, from any thread: a roster is a frozen value."""
+
+    def __init__(self, roster: Callable[[], Roster]) -> None:
+        self._roster = roster
+
+    def member_of_node(self, node: bytes) -> bytes | None:
+        roster = self._roster()
+        known = roster.nodes.get(node) or roster.former_nodes.get(node)
+        return known.member if known is not None else None
+
+    def may_issue(self, node: bytes) -> bool:
+        return self.member_of_node(node) == self._roster().owner.id
+
+    def may_act_for(self, node: bytes, account: bytes) -> bool:
+        member = self.member_of_node(node)
+        if account == TREASURY:
+            return member == self._roster().owner.id
+        return member == account
+
+    def rate_card(self, version: int) -> RateCard | None:
+        return DEFAULT_RATE_CARD if version == DEFAULT_RATE_CARD.version else None
