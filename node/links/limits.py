@@ -11,6 +11,8 @@ from node.links.frames import Lane
 class LinkLimits:
     """`queued` bounds what one lane to one peer may have waiting; `held` what its receiver keeps of rows.
 
+    Both are met with at most one frame above them, so that the largest frame can pass a small bound.
+
     Liveness counts ticks of this process, not the clock: a process that was itself stopped or starved has
     ticked less, and does not blame its peers.
     """

@@ -43,7 +43,7 @@ class _Pipe:
         with self._changed:
             if self._closed:
                 raise LinkDown("the link is closed")
-            if self._num_bytes and self._num_bytes + num_bytes > self._max_num_bytes:
+            if self._num_bytes >= self._max_num_bytes:
                 raise LinkFull(f"{self._num_bytes} bytes wait already")
             self._waiting.append(buffers)
             self._num_bytes += num_bytes
@@ -158,13 +158,19 @@ class MemoryNetwork:
         if asking is not None:
             asking.on_lost(stage, reason)
 
-    def cut_all_of(self, node: bytes, reason: str) -> None:
+    def cut_all_of_stage(self, node: bytes, reason: str) -> None:
         with self._lock:
             stages = {b if a == node else a for a, b, _ in self._lanes if node in (a, b)}
-            heads = [pair for pair in self._to_stage if node in pair]
+            heads = {head for head, stage in self._to_stage if stage == node}
         for peer in stages:
             self.cut_stages(node, peer, reason)
-        for head, stage in heads:
+        for head in heads:
+            self.cut_head(head, node, reason)
+
+    def cut_stages_asked_by(self, head: bytes, reason: str) -> None:
+        with self._lock:
+            stages = {stage for asking, stage in self._to_stage if asking == head}
+        for stage in stages:
             self.cut_head(head, stage, reason)
 
     def peers_of(self, node: bytes) -> set[bytes]:
@@ -242,7 +248,7 @@ class MemoryLinks:
 
     def close(self) -> None:
         self._network.remove_stage(self.node)
-        self._network.cut_all_of(self.node, "closed by the peer")
+        self._network.cut_all_of_stage(self.node, "closed by the peer")
 
     def _push(self, pipe: _Pipe | None, frame: Frame) -> None:
         if pipe is None:
@@ -278,4 +284,4 @@ class MemoryHead:
 
     def close(self) -> None:
         self._network.remove_head(self.node)
-        self._network.cut_all_of(self.node, "closed by the peer")
+        self._network.cut_stages_asked_by(self.node, "closed by the peer")

@@ -68,7 +68,7 @@ class StageLinks(Protocol):
         ...
 
     def can_send_bulk(self, peer: bytes) -> bool:
-        """Whether the BULK queue to `peer` has room for one more chunk (False as well when it is down).
+        """Whether the BULK queue to `peer` takes one more chunk now (False as well when it is down).
 
         Room comes back as the peer reads, and the peer stops reading BULK while it still holds more rows
         than its limit: memory is given back by letting go of `HiddenBatch.rows`, nothing else.

@@ -81,7 +81,7 @@ class Sender(_Wire):
         with self._queue:
             if self.aborted:
                 raise LinkDown("the link is closed")
-            if self._num_bytes and self._num_bytes + num_bytes > self._max_num_bytes:
+            if self._num_bytes >= self._max_num_bytes:
                 raise LinkFull(f"{self._num_bytes} bytes wait already")
             self._num_bytes += num_bytes
             self._waiting.extend(slice_ for buffer in buffers for slice_ in _slices(buffer))
