@@ -140,7 +140,7 @@ class TlsAdapter:
     def __init__(self, limits: LinkLimits = DEFAULT_LIMITS) -> None:
         self._limits = limits
         self._ends: list[StageEnd] = []
-        self._heads: list[_TlsHeadEnd] = []
+        self._heads: list[TlsHeadEnd] = []
 
     def stage(self, key: KeyPair, pod: bytes = POD) -> StageEnd:
         end = StageEnd(key)
@@ -151,8 +151,8 @@ class TlsAdapter:
         self._ends.append(end)
         return end
 
-    def head(self, key: KeyPair) -> HeadEnd:
-        self._heads.append(_TlsHeadEnd(key, self._limits))
+    def head(self, key: KeyPair) -> TlsHeadEnd:
+        self._heads.append(TlsHeadEnd(key, self._limits))
         return self._heads[-1]
 
     def close(self) -> None:
@@ -162,7 +162,7 @@ class TlsAdapter:
             end.links.close()
 
 
-class _TlsHeadEnd:
+class TlsHeadEnd:
     """`HeadLinks` on a loop of its own thread, subscribed to `SESSION`."""
 
     def __init__(self, key: KeyPair, limits: LinkLimits) -> None:
@@ -188,7 +188,10 @@ class _TlsHeadEnd:
         return asyncio.run_coroutine_threadsafe(job, self._loop).result(TIMEOUT_S)
 
     def connect(self, stage: StageEnd) -> None:
-        self.run(self.links.connect(stage.node, stage.links.data_address, TIMEOUT_S))
+        self.connect_to(stage.node, stage.links.data_address)
+
+    def connect_to(self, node: bytes, address: str) -> None:
+        self.run(self.links.connect(node, address, TIMEOUT_S))
 
     def send(self, stage: StageEnd, frame: Frame) -> None:
         async def send() -> None:

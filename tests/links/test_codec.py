@@ -1,0 +1,251 @@
+"""The codec: every frame survives the way to bytes and back, and no bytes do harm."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import replace
+
+import cbor2
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from node.links.codec import (
+    MAX_HEADER_BYTES,
+    MAX_NUM_MESSAGE_CHARS,
+    MAX_NUM_PROMPT_IDS,
+    MAX_ROWS_BYTES,
+    PREFIX_BYTES,
+    WIRE_VERSION,
+    FrameError,
+    decode,
+    encode,
+    parse_prefix,
+)
+from node.links.frames import (
+    CloseSession,
+    Dtype,
+    ErrorCode,
+    FinishReason,
+    Frame,
+    HiddenBatch,
+    HiddenItem,
+    Lane,
+    OpenSession,
+    Ping,
+    Pong,
+    ReceiptSigned,
+    Sampling,
+    SessionError,
+    SessionOpened,
+    SignReceipt,
+    Stage,
+    StageTiming,
+    StartSession,
+    TokenBatch,
+    TokenItem,
+)
+from tests.links.ends import SESSION, rows_frame
+
+u32 = st.integers(0, 2**32 - 1)
+u63 = st.integers(0, 2**63 - 1)
+real = st.floats(allow_nan=False, allow_infinity=False)
+session = st.binary(min_size=16, max_size=16)
+node = st.binary(min_size=32, max_size=32)
+stage_index = st.integers(0, 255)
+receipt = st.binary(max_size=300)
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=80)
+sampling = st.builds(
+    Sampling,
+    real,
+    real,
+    u32,
+    st.integers(-(2**63), 2**64 - 1),
+    u32,
+    u32,
+    st.booleans(),
+    st.lists(u32, max_size=8).map(tuple),
+)
+
+
+@st.composite
+def hidden_batches(draw: st.DrawFn) -> HiddenBatch:
+    items = draw(st.lists(st.builds(HiddenItem, session, u32, st.integers(1, 5)), max_size=6))
+    dtype = draw(st.sampled_from(Dtype))
+    hidden_size = draw(st.integers(1, 16))
+    width = 4 if dtype is Dtype.FLOAT32 else 2
+    num_bytes = sum(item.num_tokens for item in items) * hidden_size * width
+    return HiddenBatch(
+        tuple(items), dtype, hidden_size, draw(st.binary(min_size=num_bytes, max_size=num_bytes))
+    )
+
+
+frames: st.SearchStrategy[Frame] = st.one_of(
+    hidden_batches(),
+    st.builds(
+        TokenBatch,
+        st.lists(st.builds(TokenItem, session, u32, u32, st.sampled_from(FinishReason)), max_size=6).map(
+            tuple
+        ),
+    ),
+    st.builds(
+        OpenSession,
+        session,
+        node,
+        st.lists(st.builds(Stage, node, text, u32, u32), max_size=4).map(tuple),
+        stage_index,
+        node,
+        node,
+        session,
+        u63,
+        u32,
+        sampling,
+        u63,
+        u32,
+        u32,
+        st.lists(u32, max_size=50).map(tuple),
+    ),
+    st.builds(StartSession, session),
+    st.builds(CloseSession, session),
+    st.builds(SessionOpened, session, stage_index),
+    st.builds(SessionError, session, stage_index, st.sampled_from(ErrorCode), text),
+    st.builds(SignReceipt, session, receipt),
+    st.builds(ReceiptSigned, session, receipt),
+    st.builds(StageTiming, session, stage_index, u63, u63, u63),
+    st.builds(Ping, st.integers(0, 2**64 - 1)),
+    st.builds(Pong, st.integers(0, 2**64 - 1)),
+)
+
+
+def read(raw: bytes, lane: Lane = Lane.BULK) -> Frame:
+    prefix = parse_prefix(raw[:PREFIX_BYTES], lane)
+    end = PREFIX_BYTES + prefix.header_bytes
+    return decode(prefix, raw[PREFIX_BYTES:end], raw[end:])
+
+
+def framed(number: int, header: bytes, payload: bytes = b"") -> bytes:
+    return struct.pack("!BBII", WIRE_VERSION, number, len(header), len(payload)) + header + payload
+
+
+@given(frames)
+@settings(max_examples=400, deadline=None)
+def test_a_frame_comes_back_as_it_was(frame: Frame) -> None:
+    assert read(b"".join(encode(frame))) == frame
+
+
+@given(st.integers(0, 13), st.binary(max_size=200), st.binary(max_size=40))
+@settings(max_examples=600, deadline=None)
+def test_random_bytes_are_refused_and_nothing_else(number: int, header: bytes, payload: bytes) -> None:
+    try:
+        frame = read(framed(number, header, payload))
+    except FrameError:
+        return
+    assert b"".join(encode(frame)) == framed(number, header, payload)
+
+
+plain = st.recursive(
+    st.one_of(
+        st.integers(-(2**70), 2**70),
+        st.binary(max_size=40),
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=10),
+        st.floats(),
+        st.booleans(),
+        st.none(),
+        st.builds(cbor2.CBORTag, st.integers(0, 300), st.text("ab(+*", max_size=5)),
+    ),
+    lambda inner: st.lists(inner, max_size=14) | st.dictionaries(st.integers(), inner, max_size=3),
+    max_leaves=20,
+)
+
+
+@given(st.integers(1, 12), plain, st.binary(max_size=16))
+@settings(max_examples=600, deadline=None)
+def test_well_formed_cbor_of_any_shape_is_refused_unless_it_is_a_frame(
+    number: int, value: object, payload: bytes
+) -> None:
+    raw = framed(number, cbor2.dumps(value), payload)
+    try:
+        frame = read(raw)
+    except FrameError:
+        return
+    assert b"".join(encode(frame)) == raw
+
+
+@given(frames, st.data())
+@settings(max_examples=600, deadline=None)
+def test_a_frame_with_one_changed_byte_is_another_frame_or_refused(frame: Frame, data: st.DataObject) -> None:
+    raw = bytearray(b"".join(encode(frame)))
+    place = data.draw(st.integers(PREFIX_BYTES, len(raw) - 1))
+    raw[place] ^= data.draw(st.integers(1, 255))
+    try:
+        changed = read(bytes(raw))
+    except FrameError:
+        return
+    assert b"".join(encode(changed)) == bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("number", "header_bytes", "payload_bytes", "lane"),
+    [
+        (6, MAX_HEADER_BYTES + 1, 0, Lane.BULK),
+        (6, 10, MAX_ROWS_BYTES[Lane.BULK] + 1, Lane.BULK),
+        (6, 10, MAX_ROWS_BYTES[Lane.DECODE] + 1, Lane.DECODE),
+        (1, 10, 4 * MAX_NUM_PROMPT_IDS + 1, Lane.DECODE),
+        (7, 10, 1, Lane.DECODE),
+        (11, 10, 2**32 - 1, Lane.DECODE),
+        (0, 1, 0, Lane.DECODE),
+        (13, 1, 0, Lane.DECODE),
+    ],
+)
+def test_impossible_sizes_and_types_are_refused_on_the_prefix_alone(
+    number: int, header_bytes: int, payload_bytes: int, lane: Lane
+) -> None:
+    with pytest.raises(FrameError):
+        parse_prefix(struct.pack("!BBII", WIRE_VERSION, number, header_bytes, payload_bytes), lane)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"\x81\x18\x05",  # an integer longer than it need be
+        b"\x9f\x05\xff",  # an array without a length
+        b"\x81\x05\x00",  # something after the end
+        b"\x81\xc2\x41\x05",  # a small integer as a tagged big one
+        b"\x81\xf5",  # true is not 1
+        b"\x81\xfb" + struct.pack("!d", 5.0),  # 5.0 is not 5
+        b"\x81\x20",  # below zero
+        b"\x9b" + b"\x00" + b"\xff" * 7,  # an array of 2**56 items
+        b"\x81" * 1000,  # a thousand arrays deep
+    ],
+)
+def test_headers_have_one_encoding_only(header: bytes) -> None:
+    assert read(framed(11, b"\x81\x05")) == Ping(5)
+    with pytest.raises(FrameError):
+        read(framed(11, header))
+
+
+def test_rows_must_have_the_announced_shape() -> None:
+    raw = b"".join(encode(rows_frame(1, 64)))
+    prefix = parse_prefix(raw[:PREFIX_BYTES], Lane.BULK)
+    header = raw[PREFIX_BYTES : PREFIX_BYTES + prefix.header_bytes]
+    for num_bytes in (0, 60, 68, 128):
+        with pytest.raises(FrameError):
+            decode(replace(prefix, payload_bytes=num_bytes), header, bytes(num_bytes))
+
+
+def test_rows_are_not_copied_either_way() -> None:
+    rows = bytearray(64)
+    frame = HiddenBatch((HiddenItem(SESSION, 0, 1),), Dtype.FLOAT32, 16, memoryview(rows))
+    first, payload = encode(frame)
+    received = bytearray(payload)
+    prefix = parse_prefix(first[:PREFIX_BYTES], Lane.DECODE)
+    decoded = decode(prefix, first[PREFIX_BYTES:], received)
+    rows[0] = received[1] = 9
+    assert payload[0] == 9
+    assert isinstance(decoded, HiddenBatch)
+    assert decoded.rows[1] == 9
+
+
+def test_a_long_error_message_is_cut_rather_than_refused() -> None:
+    frame = SessionError(SESSION, 0, ErrorCode.INTERNAL, "x" * 5000)
+    assert read(b"".join(encode(frame))) == replace(frame, message="x" * MAX_NUM_MESSAGE_CHARS)
