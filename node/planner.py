@@ -33,6 +33,7 @@ class Planner:
         self._sign = sign
         self._changed = asyncio.Event()
         self._last_live_s: dict[bytes, float] = {}
+        self._began_s = time.monotonic()
 
     def wake(self) -> None:
         self._changed.set()
@@ -53,10 +54,17 @@ class Planner:
         for node in live:
             self._last_live_s[node] = now_s
         serving = [node for node, status in self._state.statuses().items() if status.serving and node in live]
-        if not serving or min(serving) != self._node:
+        if not serving or min(serving) != self._node or self._has_just_begun(now_s):
             return
         expected = frozenset(n for n, seen_s in self._last_live_s.items() if now_s - seen_s < GRACE_S)
         view = self._state.view(live | expected)
         planned = plan(view, self._book.plan, self._node)
         if planned is not None and self._book.publish(planned, self._sign):
             log.info("plan %d: %d assignments", planned.epoch, len(planned.assignments))
+
+    def _has_just_begun(self, now_s: float) -> bool:
+        """After a start, nodes of the known plan get time to be heard before anything is moved off them."""
+        if now_s - self._began_s > GRACE_S or self._book.plan is None:
+            return False
+        planned = {assignment.node for assignment in self._book.plan.assignments}
+        return not planned & self._state.roster.nodes.keys() <= self._state.live()
