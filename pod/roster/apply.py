@@ -130,7 +130,7 @@ class _Draft:
             case MemberRemoved():
                 self._close_invites_of(event.body.member)
             case KeyIssued():
-                self._issue_key(author, event.body)
+                self._issue_key(event, author, event.body)
             case KeyRevoked():
                 self._revoke_key(author, event.body)
             case PolicySet():
@@ -232,10 +232,12 @@ class _Draft:
         if author.role is Role.OWNER:
             self.members[body.member] = replace(member, role=body.role)
 
-    def _issue_key(self, author: Member, body: KeyIssued) -> None:
+    def _issue_key(self, event: Event, author: Member, body: KeyIssued) -> None:
         if body.key_id not in self.keys:
             revoked = (author.id, body.key_id) in self.revoked_keys
-            self.keys[body.key_id] = KeyRecord(body.key_id, author.id, body.name, body.expires_ms, revoked)
+            self.keys[body.key_id] = KeyRecord(
+                body.key_id, author.id, body.name, event.time_ms, body.expires_ms, revoked
+            )
 
     def _revoke_key(self, author: Member, body: KeyRevoked) -> None:
         if author.id != body.member and not self._outranks(author, body.member):

@@ -69,6 +69,7 @@ class KeyRecord:
     id: bytes
     member: bytes
     name: str
+    issued_ms: int
     expires_ms: int
     revoked: bool
 
