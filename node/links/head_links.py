@@ -146,6 +146,9 @@ class HeadLinks:
                         await self._dial(node, address)
         except TimeoutError:
             raise LinkDown(f"{short_name(node)} at {address}: no answer in {timeout_s:g} s") from None
+        except ssl.SSLCertVerificationError as error:
+            reason = "the peer's certificate is not in the roster"
+            raise LinkDown(f"{short_name(node)} at {address}: {reason}") from error
         except (OSError, EOFError, ValueError, OverflowError, HelloError, LinkDown) as error:
             raise LinkDown(f"{short_name(node)} at {address}: {error}") from error
 

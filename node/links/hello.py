@@ -108,4 +108,4 @@ def check_answer(raw: bytes) -> None:
     if raw == bytes([Answer.OTHER_POD]):
         raise HelloError("the peer belongs to another pod")
     if raw != bytes([Answer.WELCOME]):
-        raise HelloError("the peer closed the connection instead of answering")
+        raise HelloError("the peer does not admit this node: it closed the connection")

@@ -178,26 +178,31 @@ class TlsLinks:
             raise
 
     def _dial(self, peer: bytes, data_address: str, hello: Hello, deadline: float) -> Sender:
-        trust = self._trust
         host, _, port = data_address.rpartition(":")
-        raw: socket.socket | None = None
         try:
-            raw = socket.create_connection(
-                (host.strip("[]"), int(port)), max(0.001, deadline - time.monotonic())
-            )
-            tls = trust.dialling.wrap_socket(raw, do_handshake_on_connect=False)
-            raw = tls
-            tls.settimeout(max(0.001, deadline - time.monotonic()))
+            raw = socket.create_connection((host.strip("[]"), int(port)), _remaining_s(deadline))
+            return self._introduce(peer, raw, hello, deadline)
+        except (OSError, OverflowError, ValueError, HelloError, LinkDown) as error:
+            raise LinkDown(f"{short_name(peer)} at {data_address}: {error}") from error
+
+    def _introduce(self, peer: bytes, raw: socket.socket, hello: Hello, deadline: float) -> Sender:
+        trust = self._trust
+        tls = trust.dialling.wrap_socket(raw, do_handshake_on_connect=False)
+        try:
+            tls.settimeout(_remaining_s(deadline))
             tls.do_handshake()
             if trust.node_of(tls.getpeercert(binary_form=True)) != peer:
                 raise LinkDown("another node answers there")
             tls.sendall(hello.encode())
             check_answer(read_exactly(tls, 1, deadline))
             return Sender(tls, hello.lane, self._limits)
-        except (OSError, OverflowError, ValueError, HelloError, LinkDown) as error:
-            if raw is not None:
-                raw.close()
-            raise LinkDown(f"{short_name(peer)} at {data_address}: {error}") from error
+        except BaseException as error:
+            tls.close()
+            if isinstance(error, ssl.SSLCertVerificationError):
+                raise LinkDown("the peer's certificate is not in the roster") from error
+            if isinstance(error, ssl.SSLError | ConnectionError):
+                raise LinkDown(f"the peer does not admit this node: {error}") from error
+            raise
 
     def _adopt_senders(self, node: bytes, senders: dict[Lane, Sender]) -> None:
         with self._lock:
@@ -327,6 +332,10 @@ class TlsLinks:
             wire.abort()
         if not closed:
             self._on_down[peer.role](peer.node, reason)
+
+
+def _remaining_s(deadline: float) -> float:
+    return max(0.001, deadline - time.monotonic())
 
 
 def _listen(address: str) -> socket.socket:

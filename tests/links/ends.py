@@ -173,7 +173,15 @@ class TlsHeadEnd:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self.links = HeadLinks(key, POD, ROSTER, limits)
-        self._reading = asyncio.run_coroutine_threadsafe(self._read(), self._loop)
+        self._reading = self.run(self._start_reading())
+
+    async def _start_reading(self) -> asyncio.Task[None]:
+        return asyncio.create_task(self._read())
+
+    async def _close(self) -> None:
+        await self.links.close()
+        self._reading.cancel()
+        await asyncio.wait([self._reading])
 
     async def _read(self) -> None:
         with self.links.subscribe(SESSION) as subscription:
@@ -201,8 +209,7 @@ class TlsHeadEnd:
 
     def close(self) -> None:
         if self._loop.is_running():
-            self.run(self.links.close())
-            self._reading.cancel()
+            self.run(self._close())
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(TIMEOUT_S)
             self._loop.close()

@@ -1,4 +1,4 @@
-"""A stage in a process of its own, for a test that freezes it: prints its address, then lives until killed."""
+"""A stage in a process of its own, for a test to freeze: prints its address, then lives until killed."""
 
 from __future__ import annotations
 

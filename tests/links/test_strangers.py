@@ -71,6 +71,11 @@ def dial_as(key: KeyPair, stage: StageEnd, hello: Hello) -> ssl.SSLSocket:
     return tls
 
 
+def send_for_ever(stage: StageEnd, head: bytes) -> None:
+    while True:
+        stage.links.send_to_head(head, SessionOpened(SESSION, 0))
+
+
 def is_closed(tls: socket.socket) -> bool:
     tls.settimeout(TIMEOUT_S)
     try:
@@ -93,7 +98,7 @@ def test_an_outsider_fails_the_handshake(adapter: TlsAdapter) -> None:
     with pytest.raises(ssl.SSLError):
         dial(stage, Trust(OUTSIDER, ROSTER).dialling, STAGE_HELLO.encode()).recv(1)
     outsider = adapter.stage(OUTSIDER)
-    with pytest.raises(LinkDown, match="TLS|SSL"):
+    with pytest.raises(LinkDown, match="does not admit"):
         connect(outsider, stage)
     with pytest.raises(LinkDown, match="certificate"):
         connect(stage, outsider)
@@ -158,7 +163,7 @@ def test_a_removed_node_is_cut_within_a_second(adapter: TlsAdapter) -> None:
     assert one.downs == [(B.public, "no longer in the roster")]
     with pytest.raises(LinkDown):
         one.links.send(B.public, rows_frame(1), Lane.DECODE)
-    with pytest.raises(LinkDown, match="TLS|SSL"):
+    with pytest.raises(LinkDown, match="does not admit"):
         connect(removed, one)
 
 
@@ -189,8 +194,8 @@ def test_what_is_not_tls_at_all_is_closed(adapter: TlsAdapter) -> None:
     host, port = stage.links.data_address.split(":")
     with socket.create_connection((host, int(port)), TIMEOUT_S) as raw:
         raw.sendall(b"\x00" * 4096)
-        raw.recv(64)
-        assert is_closed(raw)
+        raw.shutdown(socket.SHUT_WR)
+        assert is_closed(raw) or is_closed(raw)  # The first byte may be that of an alert.
     assert_still_works(stage, adapter)
 
 
@@ -283,24 +288,25 @@ def test_a_head_that_does_not_read_fills_its_queue_and_no_more() -> None:
     adapter = TlsAdapter(replace(SMALL_LIMITS, tick_s=60.0))
     try:
         stage = adapter.stage(A)
-        dial_as(B, stage, ANSWERING_HELLO)
+        deaf = dial_as(B, stage, ANSWERING_HELLO)
         with pytest.raises(LinkFull):
-            for _ in range(1_000_000):
-                stage.links.send_to_head(B.public, SessionOpened(SESSION, 0))
+            send_for_ever(stage, B.public)
         kernel_bytes = 16 << 20
         sent_bytes = stage.links.counts().sent[SessionOpened].num_bytes
         assert sent_bytes < kernel_bytes + SMALL_LIMITS.max_num_queued_bytes[Lane.DECODE]
+        deaf.close()
     finally:
         adapter.close()
 
 
 def test_a_peer_that_answers_no_ping_is_down(adapter: TlsAdapter) -> None:
     stage = adapter.stage(A)
-    dial_as(B, stage, ANSWERING_HELLO)
-    dial_as(C, stage, STAGE_HELLO)
+    mute = [dial_as(B, stage, ANSWERING_HELLO), dial_as(C, stage, STAGE_HELLO)]
     eventually(lambda: stage.head_downs and stage.downs)
     assert stage.head_downs == [(B.public, "no answer to pings")]
     assert stage.downs == [(C.public, "silent")]
+    for tls in mute:
+        tls.close()
 
 
 def test_links_that_are_only_idle_stay_up(adapter: TlsAdapter) -> None:
@@ -311,7 +317,7 @@ def test_links_that_are_only_idle_stay_up(adapter: TlsAdapter) -> None:
     time.sleep(num_ticks * SMALL_LIMITS.tick_s)
     one.links.send(other.node, rows_frame(1), Lane.DECODE)
     eventually(lambda: other.positions == [1])
-    assert not (one.downs or other.downs or other.head_downs or head.lost)
+    assert one.downs == other.downs == other.head_downs == head.lost == []
 
 
 def test_a_frozen_process_is_noticed_by_stages_and_head_within_four_seconds() -> None:
