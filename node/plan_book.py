@@ -41,11 +41,11 @@ class PlanBook:
     def digest(self) -> bytes:
         return hashlib.sha256(self._raw).digest()
 
-    async def summary(self) -> bytes:
+    def summary(self) -> bytes:
         plan = self.plan
         return cbor2.dumps([plan.epoch, plan.author] if plan else [0, b""], canonical=True)
 
-    async def missing(self, summary: bytes) -> tuple[bytes, bool]:
+    def missing(self, summary: bytes) -> tuple[bytes, bool]:
         match cbor2.loads(summary) if len(summary) <= 128 else None:
             case [int(epoch), bytes(author)]:
                 newer = self.plan is not None and (self.plan.epoch, self.plan.author) > (epoch, author)
