@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from node.placement.explain import explain, predicted_tokens_per_second
-from node.placement.plan import Plan, plan
+from node.placement.plan import Assignment, Plan, plan
 from node.placement.view import NodeCapacity, View
 from tests.placement.pods import (
     AUTHOR,
@@ -234,6 +234,21 @@ def test_a_spare_node_takes_exactly_what_a_dead_one_held() -> None:
     assert {name: ranges(view, after)[name] for name in rest} == {n: ranges(view, made)[n] for n in rest}
 
 
+def test_a_death_moves_nothing_else() -> None:
+    speeds = {"a": 10, "b": 12, "c": 9}
+    nodes = [make_node(name, 8, speed) for name, speed in speeds.items()]
+    models = make_model("m", split=3), make_model("n", num_layers=12, split=2)
+    view = make_view(nodes, *models)
+    made = first_plan(view)
+    # The spare is a little slower than b: even cuts would be different for everybody.
+    joined = with_live(replace(view, nodes=(*nodes, make_node("d", 8, 8.9))), b=False)
+    after = plan(joined, made, AUTHOR)
+    assert after is not None
+    survivors = {a for a in made.assignments if a.node != id_of("b")}
+    assert survivors < set(after.assignments)
+    assert ranges(joined, after)["d"] == ranges(view, made)["b"]
+
+
 def test_without_a_spare_the_neighbours_share_the_hole() -> None:
     view = make_view([make_node(name) for name in "abc"], make_model(split=3))
     made = first_plan(view)
@@ -256,6 +271,22 @@ def test_layers_that_are_loaded_are_reused() -> None:
     shards = {"a": make_shard(20, 30), "b": make_shard(0, 10), "c": make_shard(10, 20)}
     view = make_view([make_node(name, shards=[shards[name]]) for name in "abc"], make_model(split=3))
     assert ranges(view, first_plan(view)) == {"b": (0, 10), "c": (10, 20), "a": (20, 30)}
+
+
+def test_layers_are_not_reused_where_that_makes_a_stage_clearly_slower() -> None:
+    shards = {"a": make_shard(15, 30), "b": make_shard(0, 15)}
+    nodes = [make_node("a", 8, 1, shards=[shards["a"]]), make_node("b", 8, 10, shards=[shards["b"]])]
+    view = make_view(nodes, make_model(split=2, head_mib=3000))
+    # In the order they hold layers, the head would run on the slow one: 31 units of time instead of 6.
+    assert ranges(view, first_plan(view)) == {"a": (0, 5), "b": (5, 30)}
+
+
+def test_uneven_stages_stay_when_evening_them_out_would_slow_a_token() -> None:
+    view = make_view([make_node("a", 8, 11), make_node("b", 8, 10)], make_model(split=2))
+    uneven = (Assignment(id_of("m"), 0, 22, id_of("a")), Assignment(id_of("m"), 22, 30, id_of("b")))
+    assert plan(view, Plan(1, AUTHOR, uneven), AUTHOR) is None
+    swapped = (Assignment(id_of("m"), 0, 22, id_of("b")), Assignment(id_of("m"), 22, 30, id_of("a")))
+    assert plan(view, Plan(1, AUTHOR, swapped), AUTHOR) is not None
 
 
 def test_of_equal_nodes_the_one_that_has_the_layers_is_taken() -> None:
