@@ -6,6 +6,7 @@ projection in memory. A violation names the entry it found, so that people can l
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -92,14 +93,15 @@ def audit_rules(evidence: Evidence) -> list[Violation]:
 
 
 def audit_chains(evidence: Evidence) -> list[Violation]:
-    """Every entry follows one that is there, and no two stand in one place."""
+    """Every entry follows one that is there, and no two follow the same one."""
     places: dict[tuple[bytes, int], set[bytes]] = {}
     for record in evidence.records:
         places.setdefault((record.author, record.index), set()).add(record.hash)
+    siblings = Counter((record.author, record.index, record.prev_hash) for record in evidence.records)
     violations = [
-        Violation(author, index, f"fork: {len(hashes)} entries with this index")
-        for (author, index), hashes in places.items()
-        if len(hashes) > 1
+        Violation(author, index, f"fork: {num_entries} entries with this index")
+        for (author, index, _), num_entries in siblings.items()
+        if num_entries > 1
     ]
     for record in evidence.records:
         if record.index == 0:
