@@ -1,4 +1,4 @@
-"""The operations over HTTP, for this machine's own `pod` command: one POST, progress and result as JSON lines.
+"""The operations over HTTP for this machine's own `pod` command: one POST, progress and result in lines.
 
 Only the token in the state directory opens it; an API key does not.
 """

@@ -1,0 +1,84 @@
+"""Adverts carry the status as hostile bytes: what a node writes comes back, anything else is refused."""
+
+from __future__ import annotations
+
+import cbor2
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from node.status import MAX_NUM_SHARDS, NodeStatus, ShardStatus, StatusError
+
+texts = st.text(max_size=40)
+counts = st.integers(0, 2**40)
+ids = st.binary(min_size=32, max_size=32)
+
+
+@st.composite
+def shards(draw: st.DrawFn) -> ShardStatus:
+    start = draw(st.integers(0, 100))
+    return ShardStatus(
+        draw(ids),
+        start,
+        start + draw(st.integers(1, 50)),
+        draw(st.integers(0, 1000)),
+        draw(counts),
+        draw(counts),
+    )
+
+
+statuses = st.builds(
+    NodeStatus,
+    serving=st.booleans(),
+    device=texts,
+    memory_bytes=counts,
+    bytes_per_second=counts,
+    data_address=texts,
+    api_url=texts,
+    software=texts,
+    shards=st.lists(shards(), max_size=3).map(tuple),
+    models_available=st.lists(ids, max_size=3).map(tuple),
+    problems=st.lists(st.tuples(ids, texts), max_size=3).map(tuple),
+)
+
+
+@given(statuses)
+def test_what_is_written_is_read(status: NodeStatus) -> None:
+    assert NodeStatus.decode(status.encode()) == status
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused(raw: bytes) -> None:
+    with pytest.raises(StatusError):
+        NodeStatus.decode(raw)
+
+
+def _fields(status: NodeStatus) -> list[object]:
+    fields = cbor2.loads(status.encode())
+    assert isinstance(fields, list)
+    return fields
+
+
+@pytest.mark.parametrize(
+    ("index", "value"),
+    [
+        (0, 99),
+        (1, 1),
+        (2, b"cpu"),
+        (2, "x" * 300),
+        (3, -1),
+        (3, True),
+        (3, 1.5),
+        (8, [[b"short", 0, 1, 0, 0, 0]]),
+        (8, [[bytes(32), 5, 5, 0, 0, 0]]),
+        (8, [[bytes(32), 0, 1, 1001, 0, 0]]),
+        (8, [[bytes(32), 0, 1, 0, 0, 0]] * (MAX_NUM_SHARDS + 1)),
+        (9, [b"short"]),
+        (10, [[bytes(32)]]),
+    ],
+)
+def test_a_wrong_field_is_refused(index: int, value: object) -> None:
+    fields = _fields(NodeStatus(True, "cpu", 1, 1, "a:1", "", "0"))
+    fields[index] = value
+    with pytest.raises(StatusError):
+        NodeStatus.decode(cbor2.dumps(fields, canonical=True))
