@@ -1,7 +1,7 @@
 """docker-compose.yml, Dockerfile and entry script agree, and keep their promises without a Docker engine.
 
-The schema here is narrower than the official one: it allows only the keys that are used, so that a misspelt key
-fails.
+The schema here is narrower than the official one: it allows only the keys that are used, so that a misspelt
+key fails.
 """
 
 from __future__ import annotations
@@ -138,9 +138,8 @@ def test_each_joiner_shares_a_volume_with_the_creator_alone(compose: dict[str, A
         assert str(read) in written
         (volume,) = [text.split(":")[0] for text in service["volumes"] if f":{read.parent}" in text]
         assert f"{volume}:{read.parent}:ro" in service["volumes"], "a joiner only reads"
-        owners = [
-            n for n, s in services.items() if any(text.startswith(f"{volume}:") for text in s["volumes"])
-        ]
+        mounted = {n: [text.split(":")[0] for text in s["volumes"]] for n, s in services.items()}
+        owners = [owner for owner, volumes in mounted.items() if volume in volumes]
         assert sorted(owners) == sorted([creator, name])
         assert service["depends_on"] == {creator: {"condition": "service_healthy"}}
 

@@ -8,7 +8,6 @@ import signal
 import stat
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,10 +66,10 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Machine]:
+def machine(tmp_path: Path) -> Machine:
     (tmp_path / "bin").mkdir()
     shutil.copy(FAKE_POD, tmp_path / "bin" / "pod")
-    yield Machine(tmp_path)
+    return Machine(tmp_path)
 
 
 def creator_settings(directory: Path) -> dict[str, str]:
