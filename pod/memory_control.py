@@ -77,7 +77,8 @@ class MemoryControl:
         return frozenset(self._connected & self._desk.nodes)
 
     def listen_addresses(self) -> list[str]:
-        return [f"/memory/{peer_id(self._node_id)}/p2p/{peer_id(self._node_id)}"]
+        # Only the peer id in it means anything here.
+        return [f"/ip4/127.0.0.1/tcp/1/p2p/{peer_id(self._node_id)}"]
 
     async def connect(self, peer: bytes, addresses: Sequence[str], timeout_s: float) -> None:
         if peer in self._connected:
