@@ -177,13 +177,16 @@ class ChatParameters(GenerationParameters):
 class CompletionParameters(GenerationParameters):
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_NUM_PROMPTS)]
+        | Annotated[list[str], Field(min_length=1)]
         | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[
-            list[Annotated[list[TokenId], Field(min_length=1)]],
-            Field(min_length=1, max_length=MAX_NUM_PROMPTS),
-        ]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
     )
+
+    @model_validator(mode="after")
+    def _few_prompts(self) -> Self:
+        if len(self.prompts) > MAX_NUM_PROMPTS:
+            raise bad_parameter("prompt", f"At most {MAX_NUM_PROMPTS} prompts in one request.")
+        return self
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -25,11 +25,13 @@ class ListenError(Exception):
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 picks a free one. Raises `ListenError`."""
+    if not 0 <= port <= 65_535:
+        raise ListenError(f"{port} is not a port; ports go from 0 to 65535")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
         listener = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ListenError(f"cannot listen on {host}:{port}: {error}") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
