@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from filelock import FileLock, Timeout
 from node.errors import UserError
 
 HOME_VARIABLE = "POD_HOME"
+_STAYS = frozenset({"lock", "models", "running.json"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,19 @@ class PodHome:
             self.models_dir.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot use {self.path} as {HOME_VARIABLE}: {error.strerror}") from None
+
+    def aside_dir(self) -> Path:
+        """Where `set_aside` will put what is here now."""
+        return self.path / f"left-{time.strftime('%Y%m%d-%H%M%S')}"
+
+    def set_aside(self, target: Path | None = None) -> Path:
+        """Move keys, roster and books of the pod that was left out of the way; the models stay."""
+        target = target or self.aside_dir()
+        target.mkdir(mode=0o700)
+        for path in sorted(self.path.iterdir()):
+            if path.name not in _STAYS and not path.name.startswith("left-"):
+                path.rename(target / path.name)
+        return target
 
     def acquire(self) -> None:
         """Take the directory for this process; the lock goes with the process, also after kill -9."""

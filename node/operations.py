@@ -360,12 +360,17 @@ async def key_revoke(office: Office, arguments: Arguments, _tell: TellProgress) 
 
 
 async def leave(office: Office, _arguments: Arguments, _tell: TellProgress) -> Result:
-    roster = office.membership.roster
-    if roster.owner.id == office.membership.member_id and len(roster.nodes_of(roster.owner.id)) == 1:
-        others = len(roster.members) - 1
-        if others:
-            raise UserError(f"the owner's only node cannot leave while {others} other members are in the pod")
-    return await office.leave()
+    roster, member = office.membership.roster, office.membership.member_id
+    num_others = len(roster.members) - 1
+    if roster.owner.id == member and num_others:
+        raise UserError(f"the owner cannot leave while {num_others} other members are in the pod")
+    if office.leave is not None:
+        kept = await office.leave()
+    elif member in roster.members and num_others:
+        raise UserError("run the node first (`pod up`), so that the others hear that it leaves")
+    else:
+        kept = office.home.set_aside()
+    return {"pod_name": roster.name, "kept": str(kept)}
 
 
 def _text(arguments: Arguments, name: str) -> str:

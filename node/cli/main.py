@@ -88,6 +88,12 @@ Memory = Annotated[
         help="Most memory for layers and KV cache, such as 8GiB [default: 80% of what is free].",
     ),
 ]
+NodeName = Annotated[
+    str | None,
+    typer.Option(
+        "--node-name", envvar="POD_NODE_NAME", help="This machine's name in the pod [default: its host name]."
+    ),
+]
 Discover = Annotated[
     bool,
     typer.Option(
@@ -120,12 +126,13 @@ def create(
         str | None,
         typer.Option("--member", envvar="POD_MEMBER", help="Your name in the pod [default: your login]."),
     ] = None,
+    node_name: NodeName = None,
     as_json: AsJson = False,
 ) -> None:
     """Create a pod: this machine becomes its first node, you its owner."""
-    from node.office import create_pod
+    from node.office import create_pod, machine_name
 
-    result = create_pod(this_home(), name, member or _login_name())
+    result = create_pod(this_home(), name, member or _login_name(), node_name or machine_name())
     if as_json:
         return show.print_json(result)
     show.out.print(
@@ -190,6 +197,7 @@ def join(
         typer.Option("--member", envvar="POD_MEMBER", help="Your name in the pod [default: your login]."),
     ] = None,
     no_serve: Annotated[bool, typer.Option("--no-serve", help="Use the pod without serving layers.")] = False,
+    node_name: NodeName = None,
     api: Api = DEFAULT_API_ADDRESS,
     listen: Listen = DEFAULT_LISTEN_ADDRESS,
     data: Data = DEFAULT_DATA_ADDRESS,
@@ -200,11 +208,12 @@ def join(
     as_json: AsJson = False,
 ) -> None:
     """Join a pod with an invite, then run this machine's node in the foreground."""
+    from node.office import machine_name
     from node.process import join_pod, run_node
 
     settings = _settings(api, listen, data, advertise, device, memory, discover, serve=not no_serve)
     home = this_home()
-    result = join_pod(home, invite, member or _login_name(), settings)
+    result = join_pod(home, invite, member or _login_name(), node_name or machine_name())
     if not as_json:
         show.out.print(
             f"Joined pod [bold]{result['pod_name']}[/] as [bold]{result['member']}[/] ({result['role']})."
