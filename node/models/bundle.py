@@ -15,7 +15,7 @@ from pathlib import Path
 
 from node.models.errors import ModelError
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -1,0 +1,65 @@
+"""Whether a stage can take a session: every field is checked here before anything is reserved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from node.engine.loaded import LoadedShard
+from node.engine.session import max_num_tokens
+from node.links.frames import ErrorCode, OpenSession
+from node.models.manifest import Manifest
+
+
+class Refusal(Exception):
+    """`code` and one line for people."""
+
+    def __init__(self, code: ErrorCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def find_shard(opening: OpenSession, node: bytes, peer: bytes, shards: Iterable[LoadedShard]) -> LoadedShard:
+    """The shard that runs this stage. Raises Refusal."""
+    route, index = opening.route, opening.stage_index
+    if opening.head != peer:
+        raise Refusal(ErrorCode.BAD_FRAME, "a session is opened by its head")
+    if not 0 <= index < len(route) or route[index].node != node:
+        raise Refusal(ErrorCode.BAD_FRAME, "this node is not that stage of the route")
+    if len({stage.node for stage in route}) < len(route):
+        raise Refusal(ErrorCode.BAD_FRAME, "a route visits a node once")
+    stage = route[index]
+    for loaded in shards:
+        if loaded.covers(opening.model, stage.start_layer, stage.end_layer):
+            _check_route(opening, loaded.manifest.num_layers)
+            _check_request(opening, loaded.manifest)
+            return loaded
+    layers = f"[{stage.start_layer},{stage.end_layer})"
+    raise Refusal(ErrorCode.UNKNOWN_SHARD, f"layers {layers} of that model are not loaded here")
+
+
+def _check_route(opening: OpenSession, num_layers: int) -> None:
+    expected = 0
+    for stage in opening.route:
+        if stage.start_layer != expected or stage.end_layer <= expected:
+            raise Refusal(ErrorCode.BAD_FRAME, "the route's layer ranges do not join")
+        expected = stage.end_layer
+    if expected != num_layers:
+        raise Refusal(ErrorCode.BAD_FRAME, f"the route covers {expected} of {num_layers} layers")
+
+
+def _check_request(opening: OpenSession, manifest: Manifest) -> None:
+    sampling, num_before = opening.sampling, opening.num_output_tokens_before
+    if opening.num_prompt_tokens < 1 or not 0 <= num_before < opening.num_prompt_tokens:
+        raise Refusal(ErrorCode.BAD_FRAME, "a session needs a prompt")
+    if sampling.max_num_output_tokens <= num_before:
+        raise Refusal(ErrorCode.BAD_FRAME, "a session needs at least one output token")
+    if max_num_tokens(opening) > manifest.max_context_tokens:
+        raise Refusal(
+            ErrorCode.BAD_FRAME,
+            f"{max_num_tokens(opening)} tokens do not fit the context of {manifest.max_context_tokens}",
+        )
+    if len(opening.prompt_ids) != (opening.num_prompt_tokens if opening.stage_index == 0 else 0):
+        raise Refusal(ErrorCode.BAD_FRAME, "the first stage, and no other, is given the whole prompt")
+    token_ids = (*opening.prompt_ids, *sampling.eos_token_ids)
+    if any(not 0 <= token_id < manifest.vocab_size for token_id in token_ids):
+        raise Refusal(ErrorCode.BAD_FRAME, f"a token id is outside the vocabulary of {manifest.vocab_size}")

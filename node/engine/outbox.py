@@ -1,0 +1,103 @@
+"""Gathers what a step has to say, so that each next hop gets one frame per lane with all its sessions in it.
+
+Decode rows and prefill chunks go to the same hop in separate frames, because a lane is a connection of its
+own and a token must not wait behind a chunk. Knows frames and links, nothing of layers.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from node.links.frames import Dtype, HiddenBatch, HiddenItem, Lane, TokenBatch, TokenItem
+from node.links.port import LinkDown, LinkFull, StageLinks
+
+DTYPES = {
+    Dtype.FLOAT32: torch.float32,
+    Dtype.BFLOAT16: torch.bfloat16,
+    Dtype.FLOAT16: torch.float16,
+}
+_FRAME_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A frame that could not be sent: these sessions cannot go on."""
+
+    sessions: tuple[bytes, ...]
+    reason: str
+
+
+@dataclass(slots=True)
+class _Rows:
+    items: list[HiddenItem] = field(default_factory=list)
+    rows: list[Tensor] = field(default_factory=list)
+
+
+class Outbox:
+    def __init__(self, links: StageLinks) -> None:
+        self._links = links
+        self._hidden: dict[tuple[bytes, Lane, int], _Rows] = defaultdict(_Rows)
+        self._to_first: dict[bytes, list[TokenItem]] = defaultdict(list)
+        self._to_head: dict[bytes, list[TokenItem]] = defaultdict(list)
+
+    def add_hidden(self, node: bytes, lane: Lane, item: HiddenItem, rows_TD: Tensor) -> None:
+        batch = self._hidden[node, lane, rows_TD.shape[1]]
+        batch.items.append(item)
+        batch.rows.append(rows_TD)
+
+    def add_token(self, head: bytes, first_stage: bytes | None, item: TokenItem) -> None:
+        """`first_stage` is None when the token goes no further than the head."""
+        self._to_head[head].append(item)
+        if first_stage is not None:
+            self._to_first[first_stage].append(item)
+
+    def send(self) -> list[Lost]:
+        """Everything gathered, once; what could not be sent comes back."""
+        lost: list[Lost] = []
+        for node, items in self._to_first.items():
+            self._send(node, TokenBatch(tuple(items)), Lane.DECODE, items, lost)
+        for head, items in self._to_head.items():
+            try:
+                self._links.send_to_head(head, TokenBatch(tuple(items)))
+            except (LinkDown, LinkFull) as error:
+                lost.append(Lost(tuple(item.session for item in items), f"the head is unreachable: {error}"))
+        for (node, lane, hidden_size), batch in sorted(self._hidden.items(), key=lambda entry: entry[0][1]):
+            frame = _hidden_batch(batch.items, batch.rows, hidden_size)
+            self._send(node, frame, lane, batch.items, lost)
+        self._hidden.clear()
+        self._to_first.clear()
+        self._to_head.clear()
+        return lost
+
+    def _send(
+        self,
+        node: bytes,
+        frame: HiddenBatch | TokenBatch,
+        lane: Lane,
+        items: Iterable[HiddenItem | TokenItem],
+        lost: list[Lost],
+    ) -> None:
+        try:
+            self._links.send(node, frame, lane)
+        except (LinkDown, LinkFull) as error:
+            reason = f"the next stage is unreachable: {error}"
+            lost.append(Lost(tuple(item.session for item in items), reason))
+
+
+def rows_tensor(frame: HiddenBatch) -> Tensor:
+    """`[tokens, hidden_size]` over the frame's own memory, which lives as long as the tensor."""
+    rows = frame.rows
+    writable = memoryview(rows) if not memoryview(rows).readonly else bytearray(rows)
+    return torch.frombuffer(writable, dtype=DTYPES[frame.dtype]).reshape(-1, frame.hidden_size)
+
+
+def _hidden_batch(items: Sequence[HiddenItem], rows: Sequence[Tensor], hidden_size: int) -> HiddenBatch:
+    """The rows leave as they lie in memory: a copy only when they lie apart."""
+    rows_TD = rows[0] if len(rows) == 1 else torch.cat(list(rows))
+    raw = rows_TD.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)
+    return HiddenBatch(tuple(items), _FRAME_DTYPES[rows_TD.dtype], hidden_size, raw.data)

@@ -1,0 +1,109 @@
+"""From a load order to a shard that is ready to serve: weights in, KV room set aside, one layer timed.
+
+Called on a loading thread, while the engine goes on serving its other shards.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from node.engine.attention import PagedStep, Span
+from node.engine.kv_cache import BLOCK_TOKENS, KvCache
+from node.engine.loaded import LoadedShard
+from node.engine.loader import Progress, load_shard
+from node.engine.shard import Shard
+from node.models.errors import ModelError
+from node.models.manifest import Manifest
+
+MAX_NUM_FULL_CONTEXTS = 16
+_PROBE_CHUNK_TOKENS = 64
+_NUM_PROBES = 5
+
+
+def provision(
+    manifest: Manifest,
+    model_dir: Path,
+    paths: Sequence[Path],
+    start_layer: int,
+    end_layer: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_num_kv_bytes: int,
+    progress: Progress,
+) -> LoadedShard:
+    """Raises ModelError: damaged or foreign files, layers that are not there, no room for KV."""
+    if not 0 <= start_layer < end_layer <= manifest.num_layers:
+        layers = f"[{start_layer},{end_layer})"
+        raise ModelError(f"{manifest.name} has {manifest.num_layers} layers, {layers} are not among them")
+    block_bytes = _block_bytes(manifest, start_layer, end_layer, dtype)
+    num_blocks = _num_blocks(manifest, block_bytes, max_num_kv_bytes)
+    shard, num_weight_bytes = load_shard(model_dir, paths, start_layer, end_layer, dtype, device, progress)
+    values_per_head = 2 * shard.head_dim
+    cache = KvCache(
+        start_layer,
+        end_layer,
+        num_blocks,
+        manifest.num_kv_values_per_token_per_layer // values_per_head,
+        shard.head_dim,
+        dtype,
+        device,
+    )
+    decode_us, prefill_us = _measure(shard, cache, manifest.hidden_size)
+    return LoadedShard(
+        model=manifest.model_id,
+        manifest=manifest,
+        shard=shard,
+        cache=cache,
+        num_weight_bytes=num_weight_bytes,
+        num_kv_bytes=num_blocks * block_bytes,
+        decode_us_per_layer=decode_us,
+        prefill_us_per_layer_per_token=prefill_us,
+    )
+
+
+def _block_bytes(manifest: Manifest, start_layer: int, end_layer: int, dtype: torch.dtype) -> int:
+    values = manifest.num_kv_values_per_token_per_layer * (end_layer - start_layer)
+    return values * dtype.itemsize * BLOCK_TOKENS
+
+
+def _num_blocks(manifest: Manifest, block_bytes: int, max_num_kv_bytes: int) -> int:
+    """What fits, but no more than a few full contexts: the rest stays for other shards."""
+    wanted = -(-manifest.max_context_tokens // BLOCK_TOKENS) * MAX_NUM_FULL_CONTEXTS
+    num_blocks = min(wanted, max_num_kv_bytes // block_bytes)
+    if num_blocks < 1:
+        raise ModelError(
+            f"{manifest.name}: no memory is left for the KV cache "
+            f"(at least {block_bytes >> 10} KiB, {max(0, max_num_kv_bytes) >> 10} KiB are free)"
+        )
+    return num_blocks
+
+
+def _measure(shard: Shard, cache: KvCache, hidden_size: int) -> tuple[int, int]:
+    """Microseconds of one layer for one decode row, and per row of a prefill chunk."""
+    num_tokens = min(_PROBE_CHUNK_TOKENS, cache.num_tokens)
+    return (
+        int(_seconds_per_layer(shard, cache, hidden_size, 1) * 1e6),
+        max(1, int(_seconds_per_layer(shard, cache, hidden_size, num_tokens) * 1e6 / num_tokens)),
+    )
+
+
+@torch.inference_mode()
+def _seconds_per_layer(shard: Shard, cache: KvCache, hidden_size: int, num_tokens: int) -> float:
+    """Median over a few layers, the first run (which warms up) left out."""
+    table = cache.open(num_tokens)
+    rows = torch.zeros(num_tokens, hidden_size, dtype=shard.dtype, device=shard.device)
+    positions = torch.arange(num_tokens, device=shard.device)
+    times = []
+    for probe in range(_NUM_PROBES + 1):
+        layer = shard.start_layer + probe % (shard.end_layer - shard.start_layer)
+        started_s = time.perf_counter()
+        step = PagedStep(cache, [Span(table, 0, num_tokens)])
+        shard.run(rows, positions, step, layer, layer + 1).sum().item()
+        times.append(time.perf_counter() - started_s)
+    cache.close(table)
+    return statistics.median(times[1:])

@@ -1,0 +1,121 @@
+"""The layers of one range as transformers' own modules: `embed`, `run`, `logits` on a packed row of tokens.
+
+The model class is built on the meta device; only the modules of this range ever get memory (`loader.py`). It
+knows no model family: decoder layers are called the way every family's own model class calls them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from node.engine.attention import NAME, PagedStep
+from node.models.tensors import LAYER_PREFIX
+
+
+class Shard:
+    """Layers `[start_layer, end_layer)`, with the embedding if first and final norm and head if last."""
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        start_layer: int,
+        end_layer: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
+        self.config = config
+        self.start_layer = start_layer
+        self.end_layer = end_layer
+        self.dtype = dtype
+        self.device = device
+        self._model = model.eval().requires_grad_(False)
+        base = model.model
+        self._layers = list(base.layers)[start_layer:end_layer]
+        self._rotary = base.rotary_emb
+        self._embedding = base.embed_tokens if start_layer == 0 else None
+        is_last = end_layer == config.num_hidden_layers
+        self._norm: nn.Module | None = base.norm if is_last else None
+        self._head: nn.Module | None = model.lm_head if is_last else None
+        self._has_rope_per_layer_type = "layer_type" in inspect.signature(self._rotary.forward).parameters
+        self._final_softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        _materialise_buffers(model, [self._rotary, *self._layers, self._embedding], device)
+
+    @property
+    def head_dim(self) -> int:
+        head_dim = self._layers[0].self_attn.head_dim
+        assert isinstance(head_dim, int)
+        return head_dim
+
+    def parameter_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every own parameter, as transformers and the weight files name them."""
+        parts: list[tuple[str, nn.Module | None]] = [
+            (f"{LAYER_PREFIX}{layer}", module) for layer, module in enumerate(self._layers, self.start_layer)
+        ]
+        parts += [
+            ("model.embed_tokens", self._embedding),
+            ("model.norm", self._norm),
+            ("lm_head", self._head),
+        ]
+        for prefix, part in parts:
+            for name, parameter in part.named_parameters() if part is not None else ():
+                yield f"{prefix}.{name}", tuple(parameter.shape)
+
+    def set_parameter(self, name: str, tensor: Tensor) -> None:
+        module_name, _, leaf = name.rpartition(".")
+        module = self._model.get_submodule(module_name)
+        module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+
+    def release_others(self) -> None:
+        """Forget the meta modules of other ranges, once all own parameters are set."""
+        del self._model
+
+    def embed(self, ids_T: Tensor) -> Tensor:
+        assert self._embedding is not None
+        return torch.as_tensor(self._embedding(ids_T[None])[0])
+
+    def run(self, hidden_TD: Tensor, positions_T: Tensor, step: PagedStep, start: int, end: int) -> Tensor:
+        """Layers `[start, end)` over the packed row; keys and values go to the step's cache."""
+        hidden, position_ids = hidden_TD[None], positions_T[None]
+        rope: dict[str | None, object] = {}
+        for layer in self._layers[start - self.start_layer : end - self.start_layer]:
+            kind = layer.self_attn.layer_type if self._has_rope_per_layer_type else None
+            if kind not in rope:
+                named = {"layer_type": kind} if self._has_rope_per_layer_type else {}
+                rope[kind] = self._rotary(hidden, position_ids, **named)
+            hidden = layer(
+                hidden,
+                attention_mask=None,
+                position_ids=position_ids,
+                position_embeddings=rope[kind],
+                paged=step,
+            )
+        return hidden[0]
+
+    def logits(self, hidden_BD: Tensor) -> Tensor:
+        """`[B, vocabulary]` in float32."""
+        assert self._norm is not None
+        assert self._head is not None
+        logits = torch.as_tensor(self._head(self._norm(hidden_BD)))
+        if self._final_softcap is not None:
+            logits = self._final_softcap * torch.tanh(logits / self._final_softcap)
+        return logits.float()
+
+
+def _materialise_buffers(model: PreTrainedModel, roots: list[nn.Module | None], device: torch.device) -> None:
+    """Buffers such as rotary frequencies are in no file: transformers' own initialisation computes them."""
+    for root in roots:
+        for module in root.modules() if root is not None else ():
+            meta = {name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+            for name in meta:
+                setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
+            if meta:
+                model._init_weights(module)
+            for name in meta:
+                setattr(module, name, getattr(module, name).to(device))
