@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -251,6 +252,15 @@ def test_the_books_after_a_restart_are_the_same(world: World, tmp_path: Path) ->
     assert again.append(HoldVoided(session_id(1), VoidReason.FAILED)).index == 4
     assert again.verify() == []
     again.close()
+
+
+def test_threads_may_write_at_once(world: World, tmp_path: Path) -> None:
+    ledger = world.ledger(0, f"sqlite:///{tmp_path}/ledger.sqlite")
+    with ThreadPoolExecutor(8) as executor:
+        entries = list(executor.map(lambda number: ledger.append(world.hold(session_id(number))), range(80)))
+    assert sorted(entry.index for entry in entries) == list(range(80))
+    assert ledger.verify() == []
+    ledger.close()
 
 
 def test_nothing_is_applied_that_could_not_be_written(world: World, tmp_path: Path) -> None:

@@ -118,6 +118,12 @@ def test_an_entry_changed_with_its_hash_breaks_the_chain_behind_it(copied: Path)
     assert reasons(copied, 4) == [f"entry 4 of {NAME}: the entry before it is missing or another one"]
 
 
+def test_a_changed_hash_beside_a_sound_entry_is_noticed(copied: Path) -> None:
+    with sqlite3.connect(copied) as connection:
+        connection.execute("UPDATE entries SET hash = ? WHERE entry_index = 7", (b"h" * 32,))
+    assert reasons(copied, 7) == [f"entry 7 of {NAME}: its bytes are not those of its stored hash"]
+
+
 def test_a_removed_entry_is_noticed(copied: Path) -> None:
     with sqlite3.connect(copied) as connection:
         connection.execute("DELETE FROM entries WHERE entry_index = 6")
