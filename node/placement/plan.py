@@ -59,8 +59,6 @@ def _mended_row(ground: Ground, model: DeployedModel) -> tuple[Assignment, ...] 
         return mended or anew
     by_node = {seat.node: seat for seat in seats}
     now, then = predict(load, by_node, mended), predict(load, by_node, anew)
-    if min(len(anew), model.split) != min(len(mended), model.split):
-        return max(mended, anew, key=len)
     if is_clear_gain(then.token_ns, now.token_ns):
         return anew
     return anew if len(anew) == len(mended) and is_clear_gain(then.slowest_ns, now.slowest_ns) else mended
