@@ -112,8 +112,8 @@ class Engine:
     def add_shard(self, loaded: LoadedShard) -> None:
         self._post(self._shards.append, loaded)
 
-    def drop_shard(self, model: bytes, start_layer: int, end_layer: int) -> Future[bool]:
-        """Sessions on it end. False: there was no such shard."""
+    def drop_shard(self, model: bytes, start_layer: int, end_layer: int) -> Future[LoadedShard | None]:
+        """Sessions on it end. None: there was no such shard."""
         return self._ask(partial(self._drop_shard, model, start_layer, end_layer))
 
     def set_rate_card(self, card: RateCard) -> None:
@@ -409,14 +409,14 @@ class Engine:
         deadlines = (session.opening.deadline_ms for session in self._sessions.values())
         self._next_deadline_ms = min(deadlines, default=None)
 
-    def _drop_shard(self, model: bytes, start_layer: int, end_layer: int) -> bool:
+    def _drop_shard(self, model: bytes, start_layer: int, end_layer: int) -> LoadedShard | None:
         for loaded in self._shards:
             if (loaded.model, loaded.start_layer, loaded.end_layer) == (model, start_layer, end_layer):
                 using = [session.id for session in self._sessions.values() if session.loaded is loaded]
                 self._end_all(using, ErrorCode.SHUTTING_DOWN, "the shard was dropped")
                 self._shards.remove(loaded)
-                return True
-        return False
+                return loaded
+        return None
 
     def _shards_and_sessions(self) -> list[tuple[LoadedShard, int]]:
         sessions = self._sessions.values()

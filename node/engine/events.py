@@ -1,4 +1,4 @@
-"""What the engine tells its node besides frames: receipts to keep, sessions that ended. Past tense."""
+"""What the engine tells its node besides frames, as plain values. No torch here."""
 
 from __future__ import annotations
 

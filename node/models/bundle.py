@@ -12,8 +12,14 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from node.models.errors import ModelError
+from node.models.gguf_file import GgufFile
+from node.models.tensors import EMBEDDING, HEAD
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 TOKENIZER_FILES = (
@@ -22,6 +28,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+GGUF_MODEL_TYPES = {"gemma3": "gemma3_text"}
 TIMEOUT_S = 300
 
 
@@ -36,8 +43,8 @@ class ModelFacts:
     eos_token_ids: tuple[int, ...]
 
 
-def make_bundle(source: Path, directory: Path) -> ModelFacts:
-    """Fills `directory` with config.json and, where the model has them, the tokenizer's files."""
+def make_bundle_apart(source: Path, directory: Path) -> ModelFacts:
+    """`make_bundle_here` in a process of its own. Raises ModelError."""
     command = [sys.executable, "-m", "node.models.bundle", str(source), str(directory)]
     try:
         done = subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, check=False)  # noqa: S603
@@ -51,13 +58,16 @@ def make_bundle(source: Path, directory: Path) -> ModelFacts:
     return ModelFacts(**answer | {"eos_token_ids": tuple(answer["eos_token_ids"])})
 
 
-def _make_here(source: Path, directory: Path) -> ModelFacts:
-    from transformers import AutoConfig, AutoTokenizer
+def make_bundle_here(source: Path, directory: Path) -> ModelFacts:
+    """Fills `directory` with config.json and, where there is one, the tokenizer. Imports torch."""
+    from transformers import AutoConfig
 
     is_gguf = source.suffix == ".gguf"
-    where = {"gguf_file": source.name} if is_gguf else {}
     parent = source.parent if is_gguf else source
-    config = AutoConfig.from_pretrained(parent, trust_remote_code=False, local_files_only=True, **where)
+    if is_gguf:
+        config = _gguf_config(source)
+    else:
+        config = AutoConfig.from_pretrained(parent, trust_remote_code=False, local_files_only=True)
     if config.model_type not in SUPPORTED_MODEL_TYPES:
         raise ModelError(
             f"{source}: architecture {config.model_type!r} is not supported "
@@ -65,7 +75,7 @@ def _make_here(source: Path, directory: Path) -> ModelFacts:
         )
     config.to_json_file(directory / "config.json", use_diff=False)
     if is_gguf:
-        AutoTokenizer.from_pretrained(parent, trust_remote_code=False, **where).save_pretrained(directory)
+        _save_gguf_tokenizer(source, directory)
     else:
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
@@ -82,6 +92,37 @@ def _make_here(source: Path, directory: Path) -> ModelFacts:
     )
 
 
+def _gguf_config(source: Path) -> PreTrainedConfig:
+    """transformers' own table of GGUF keys, without its reader, which takes seconds for the vocabulary."""
+    from transformers import CONFIG_MAPPING
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    file = GgufFile(source)
+    try:
+        architecture, names = file.architecture, GGUF_CONFIG_MAPPING[file.architecture]
+        values = {
+            name: file.metadata[f"{architecture}.{key}"]
+            for key, name in names.items()
+            if name is not None and f"{architecture}.{key}" in file.metadata
+        }
+        values["tie_word_embeddings"] = HEAD not in file.tensors
+        values.setdefault("vocab_size", file.tensors[EMBEDDING].shape[0])
+        for name in ("bos_token_id", "eos_token_id"):
+            values[name] = file.metadata.get(f"tokenizer.ggml.{name}")
+    finally:
+        file.close()
+    return CONFIG_MAPPING[GGUF_MODEL_TYPES.get(architecture, architecture)](**values)
+
+
+def _save_gguf_tokenizer(source: Path, directory: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
+
+    architecture, vocabulary, config = get_gguf_tokenizer(str(source))
+    backend, more = convert_gguf_tokenizer(architecture, vocabulary)
+    PreTrainedTokenizerFast(tokenizer_object=backend, **config | more).save_pretrained(directory)
+
+
 def _eos_token_ids(directory: Path, of_config: int | list[int] | None) -> tuple[int, ...]:
     """The generation config has the last word: chat models end a turn with more than the config's token."""
     path = directory / "generation_config.json"
@@ -94,7 +135,7 @@ def _eos_token_ids(directory: Path, of_config: int | list[int] | None) -> tuple[
 
 def main(source: str, directory: str) -> int:
     try:
-        facts = _make_here(Path(source), Path(directory))
+        facts = make_bundle_here(Path(source), Path(directory))
     except ModelError as error:
         print(json.dumps({"error": str(error)}))
     except Exception as error:

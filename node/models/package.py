@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from node.models.bundle import ModelFacts, make_bundle
+from node.models.bundle import ModelFacts, make_bundle_apart
 from node.models.errors import ModelError
 from node.models.manifest import DTYPES, FileDigest, Manifest
 from node.models.reference import ModelFiles, resolve
@@ -24,6 +24,8 @@ from node.models.weights import Weights
 
 Progress = Callable[[str, int, int], None]
 """`progress(what, bytes_done, bytes_total)`."""
+
+MakeBundle = Callable[[Path, Path], ModelFacts]
 
 MANIFEST_FILE = "manifest.cbor"
 DIGESTS_FILE = "digests.json"
@@ -40,7 +42,13 @@ class ModelPackage:
     weights: tuple[Path, ...]
 
 
-def build_package(ref: str, dtype: str, models_dir: Path, progress: Progress | None = None) -> ModelPackage:
+def build_package(
+    ref: str,
+    dtype: str,
+    models_dir: Path,
+    progress: Progress | None = None,
+    make_bundle: MakeBundle = make_bundle_apart,
+) -> ModelPackage:
     """Describe the model that `ref` names. Raises ModelError; leaves nothing behind when it does."""
     if dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r} (one of {', '.join(DTYPES)})")

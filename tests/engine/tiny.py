@@ -18,6 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from node.models.bundle import make_bundle_here
 from node.models.package import ModelPackage, build_package
 
 NUM_LAYERS = 4
@@ -88,4 +89,6 @@ def make_tiny(family: str, directory: Path) -> TinyModel:
     model.generation_config.cache_implementation = None
     source = directory / family
     model.save_pretrained(source)
-    return TinyModel(build_package(str(source), "float32", directory / "models"), model)
+    return TinyModel(
+        build_package(str(source), "float32", directory / "models", make_bundle=make_bundle_here), model
+    )
