@@ -25,7 +25,6 @@ SECURITY_HEADERS = {
     # Not "no-referrer": that makes browsers send the login form with "Origin: null".
     "referrer-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
-    "cross-origin-opener-policy": "same-origin",
 }
 
 log = logging.getLogger(__name__)

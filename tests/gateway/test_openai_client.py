@@ -149,15 +149,20 @@ def test_several_prompts_are_several_choices(
     assert [generation.settlements for generation in gateway.backend.generations] == [[6], [7]]
 
 
-def test_several_prompts_stream_side_by_side(lines, gateway: RunningGateway) -> None:
+def test_several_prompts_stream_side_by_side(client: OpenAI, gateway: RunningGateway) -> None:
     slow = Script(tokens_of("slow"), pause_at=2)
     gateway.backend.scripts.extend([slow, Script(tokens_of("quick"))])
-    gateway.loop.call_soon_threadsafe(gateway.loop.call_later, 0.05, slow.go.set)
-    chunks = lines("/v1/completions", "CreateCompletionResponse", model=MODEL, prompt=["a", "b"], stream=True)
-    choices = [chunk["choices"][0] for chunk in chunks]
-    texts = ["".join(c["text"] for c in choices if c["index"] == index) for index in (0, 1)]
-    assert texts == ["slow", "quick"]
-    assert choices[-1]["index"] == 0
+    texts = {0: "", 1: ""}
+    raw = client.completions.with_streaming_response.create(model=MODEL, prompt=["a", "b"], stream=True)
+    with raw as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                choice = json.loads(line[6:])["choices"][0]
+                texts[choice["index"]] += choice["text"]
+                if choice["finish_reason"] and choice["index"] == 1:
+                    # Only when the second is complete may the first go on.
+                    gateway.call(slow.go.set)
+    assert texts == {0: "slow", 1: "quick"}
 
 
 @pytest.mark.parametrize(
