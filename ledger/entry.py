@@ -177,8 +177,11 @@ def sign_entry(
     return decode_entry(canonical.encode((*unsigned, signature)))
 
 
-def decode_entry(raw: bytes) -> Entry:
-    """Raise EntryError unless `raw` is exactly the encoding of an entry. Checks no signature."""
+def decode_entry(raw: bytes, *, was_checked: bool = False) -> Entry:
+    """Raise EntryError unless `raw` is exactly the encoding of an entry. Checks no signature.
+
+    `was_checked`: the hash of `raw` is that of an entry decoded before, so its form is not compared again.
+    """
     try:
         reader = canonical.decode(raw, MAX_ENTRY_BYTES)
         reader.expect_num_fields(8)
@@ -198,6 +201,8 @@ def decode_entry(raw: bytes) -> Entry:
         )
     except (canonical.CanonicalError, ReceiptError) as error:
         raise EntryError(f"not an entry: {error}") from error
+    if was_checked:
+        return entry
     unsigned = _unsigned_fields(
         entry.pod, entry.author, entry.index, entry.prev_hash, entry.time_ms, entry.body
     )

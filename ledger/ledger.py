@@ -94,7 +94,7 @@ class Ledger:
             try:
                 if sha256(record.raw).digest() != record.hash:
                     raise EntryError("the stored bytes have changed")
-                self._books.apply(decode_entry(record.raw))
+                self._books.apply(decode_entry(record.raw, was_checked=True))
             except (EntryError, UnknownPartyError):
                 self._num_not_applied += 1
 

@@ -16,7 +16,8 @@ from tests.ledger.world import World, raws, session_id
 
 MAX_APPEND_S = 0.005
 MAX_INGEST_OF_1000_S = 2.0
-MAX_REPLAY_OF_10000_S = 2.0
+# About 1 s when idle; a neighbour on the same core nearly doubles even processor time.
+MAX_REPLAY_OF_10000_S = 3.0
 NUM_STAGES = 3
 
 
