@@ -74,6 +74,10 @@ class Catalogue:
     def entries(self) -> tuple[Entry, ...]:
         return tuple(self._entries.values())
 
+    def directory(self, model: bytes) -> Path:
+        """Where the model's manifest and bundle are on this machine."""
+        return package_dir(model, self._models_dir)
+
     def tokenizer(self, model: bytes) -> ChatTokenizer:
         """Raises ModelError when the bundle is not here yet. Blocking: call it on a thread."""
         known = self._tokenizers.get(model)

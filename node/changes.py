@@ -6,7 +6,7 @@ A listener that is slow sees several changes as one. Lives on one event loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 
 class Changes:
@@ -17,7 +17,7 @@ class Changes:
         for listener in self._listeners:
             listener.set()
 
-    async def listen(self) -> AsyncIterator[None]:
+    async def listen(self) -> AsyncGenerator[None, None]:
         """Yields after each change (or several) until the listener stops asking."""
         changed = asyncio.Event()
         self._listeners.add(changed)

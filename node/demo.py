@@ -82,13 +82,13 @@ def _form_pod(nodes: list[LocalNode], directory: Path, num_nodes: int, sink: Any
         home.mkdir(mode=0o700)
         nodes.append(LocalNode(member, home))
     first, others = nodes[0], nodes[1:]
-    first.pod("create", "demo", "--member", first.member)
+    first.pod("create", "demo", "--member", first.member, "--node-name", first.member)
     sink.print(f"[bold]{first.member}[/] created the pod; starting {num_nodes} nodes of {num_nodes} members")
     first.start("up")
     first.wait_until_up()
     for node in others:
         invite = first.pod("invite")["invite"]
-        node.start("join", invite, "--member", node.member)
+        node.start("join", invite, "--member", node.member, "--node-name", node.member)
     for node in others:
         node.wait_until_up()
         sink.print(f"[bold]{node.member}[/] joined with an invite")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
 from ledger.entry import ISSUANCE, TREASURY
 from ledger.rate_card import DEFAULT_RATE_CARD
@@ -237,7 +237,7 @@ class NodeBackend:
             for summary in self._ledger.ledger.recent_sessions(MAX_NUM_RECENT)
         )
 
-    def changes(self) -> AsyncIterator[None]:
+    def changes(self) -> AsyncGenerator[None, None]:
         return self._changes.listen()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
-from ledger.session_record import SessionState
 from node.books_view import (
     AccountRow,
     account_rows,
@@ -168,7 +167,7 @@ async def ledger(office: Office, _arguments: Arguments, _tell: TellProgress) -> 
                 "num_prompt_tokens": summary.num_prompt_tokens,
                 "num_output_tokens": summary.num_output_tokens,
                 "amount_microcredits": summary.amount_microcredits,
-                "state": SessionState(summary.state).name.lower(),
+                "state": summary.state.value,
             }
             for summary in books.recent_sessions(MAX_NUM_RECENT)
         ],

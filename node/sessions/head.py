@@ -139,7 +139,7 @@ class Head:
             expires_at_ms=terms.deadline_ms + HOLD_GRACE_S * 1000,
             rate_card_version=rate_card.version,
         )
-        opening = asyncio.ensure_future(self._ledger.run(lambda ledger: ledger.append(hold)))
+        opening = asyncio.ensure_future(self._ledger.append(hold))
         try:
             await asyncio.shield(opening)
             session = await self._open_somewhere(terms, hold_microcredits)
@@ -154,7 +154,7 @@ class Head:
         """A hold that was queued is written before it is voided, whoever stopped waiting for it."""
         await asyncio.wait([opening])
         if opening.exception() is None:
-            await self._ledger.run(lambda ledger: ledger.append(HoldVoided(session, reason)))
+            await self._ledger.append(HoldVoided(session, reason))
         return Usage(0, 0, 0)
 
     async def _own(self, work: Coroutine[Any, Any, Usage]) -> Usage:
@@ -256,11 +256,11 @@ class Head:
             if session.failed or num_output_tokens == 0:
                 self._close_stages(terms)
                 reason = VoidReason.FAILED if session.failed else VoidReason.CANCELLED
-                await self._ledger.run(lambda ledger: ledger.append(HoldVoided(terms.session, reason)))
+                await self._ledger.append(HoldVoided(terms.session, reason))
                 return Usage(0, 0, 0)
             receipts = await session.collect_receipts(num_output_tokens)
             settled = HoldSettled(terms.session, len(terms.prompt_ids), 0, num_output_tokens, receipts)
-            await self._ledger.run(lambda ledger: ledger.append(settled))
+            await self._ledger.append(settled)
             return Usage(len(terms.prompt_ids), 0, num_output_tokens)
         finally:
             self._sessions.pop(terms.session, None)
@@ -272,8 +272,7 @@ class Head:
             lambda ledger: [hold for hold in ledger.open_holds() if hold.author == self._node]
         )
         for hold in mine:
-            voided = HoldVoided(hold.session, VoidReason.FAILED)
-            await self._ledger.run(lambda ledger, body=voided: ledger.append(body))  # type: ignore[misc]
+            await self._ledger.append(HoldVoided(hold.session, VoidReason.FAILED))
         return len(mine)
 
     async def close(self, timeout_s: float) -> None:

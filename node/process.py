@@ -1,0 +1,110 @@
+"""The foreground process of a node: logging, signals, the event loop, and what the terminal is told."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import logging.handlers
+import os
+import signal
+import sys
+
+from node.cli import show
+from node.errors import UserError
+from node.home import PodHome
+from node.office import check_name, wall_clock_ms
+from node.runtime import Listening, NodeRuntime
+from node.settings import NodeSettings
+from pod.admission import JoinError
+from pod.identity import IdentityError
+from pod.invite import InviteError
+from pod.membership import Membership, MembershipError
+
+LOG_BYTES = 4 * 1024 * 1024
+NUM_OLD_LOGS = 3
+EXIT_NOW_CODE = 130
+
+
+def join_pod(home: PodHome, invite: str, member_name: str, node_name: str) -> dict[str, object]:
+    """Redeem an invite. Raises UserError with the reason; then nothing has changed."""
+    check_name(member_name, "--member")
+    check_name(node_name, "--node-name")
+    if home.has_pod():
+        raise UserError(f"{home.path} is in a pod already; `pod leave` first or set another POD_HOME")
+    home.acquire()
+    try:
+        membership = asyncio.run(Membership.join(home.path, invite, member_name, node_name, wall_clock_ms))
+    except (InviteError, JoinError, MembershipError, IdentityError) as error:
+        raise UserError(str(error)) from None
+    finally:
+        home.release()
+    roster = membership.roster
+    own = roster.members[membership.member_id]
+    return {"pod_name": roster.name, "member": own.name, "role": own.role.name.lower()}
+
+
+def run_node(home: PodHome, settings: NodeSettings, as_json: bool) -> None:
+    """Run until a signal; a second one ends the process at once. Raises UserError."""
+    home.acquire()
+    try:
+        _log_to(home)
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(_run(home, settings, as_json))
+    finally:
+        home.release()
+
+
+async def _run(home: PodHome, settings: NodeSettings, as_json: bool) -> None:
+    runtime = NodeRuntime(home, settings)
+    loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, os._exit, EXIT_NOW_CODE)
+        runtime.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, end)
+    await runtime.run(lambda listening: _report(listening, as_json))
+
+
+def _report(listening: Listening, as_json: bool) -> None:
+    url = listening.running.api_url
+    if as_json:
+        show.print_json(
+            {
+                "api_url": url,
+                "openai_base_url": f"{url}/v1",
+                "dashboard_url": f"{url}/",
+                "control_addresses": list(listening.control_addresses),
+            }
+        )
+        return
+    show.out.print(f"OpenAI API  {url}/v1\nDashboard   {url}/\nCtrl-C stops the node.")
+
+
+def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
+    if sys.platform == "win32":
+        return None
+    import uvloop
+
+    return uvloop.Loop
+
+
+def _log_to(home: PodHome) -> None:
+    """Everything worth keeping goes to node.log; warnings also to the terminal, in one line each."""
+    file = logging.handlers.RotatingFileHandler(home.log_file, maxBytes=LOG_BYTES, backupCount=NUM_OLD_LOGS)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    terminal = logging.StreamHandler()
+    terminal.setLevel(logging.WARNING)
+    terminal.setFormatter(_OneLine("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[file, terminal], force=True)
+    for noisy in ("libp2p", "multiaddr", "zeroconf", "alembic", "httpx", "uvicorn.error"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+class _OneLine(logging.Formatter):
+    """Tracebacks belong in the log file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {record.getMessage()}"

@@ -1,0 +1,429 @@
+"""One running node, put together: who is started in which order, who tells whom, and how all of it ends.
+
+Every long-lived task is owned here. What the parts do is their own business; this file only joins them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ledger.rate_card import DEFAULT_RATE_CARD
+from node.catalogue import BUNDLE_KIND, Catalogue
+from node.changes import Changes
+from node.claims import Claims
+from node.engine.client import (
+    EngineClient,
+    EngineConfig,
+    EngineError,
+    EngineEvent,
+    EngineExited,
+    EngineRestarted,
+)
+from node.engine.events import ReceiptHeld
+from node.engine.messages import EngineReady
+from node.errors import UserError
+from node.gateway.app import create_app
+from node.gateway.serve import ListenError, bind, serving
+from node.home import PodHome, RunningNode
+from node.ledger_channel import LedgerChannel
+from node.links.head_links import HeadLinks
+from node.local_api import local_router
+from node.node_backend import NodeBackend
+from node.office import Office, open_ledger, open_membership, wall_clock_ms
+from node.operations import run_operation
+from node.plan_book import PlanBook
+from node.planner import Planner
+from node.pod_state import PodState
+from node.serving import Serving
+from node.sessions.head import Head
+from node.settings import NodeSettings, split_address
+from node.status import NodeStatus
+from pod.address import AddressError, dialable, host_port_of, multiaddr_of
+from pod.control import ControlError
+from pod.roster.events import Role
+from pod.roster.roster import Roster
+
+log = logging.getLogger(__name__)
+
+ADVERTISE_DEBOUNCE_S = 0.2
+FILES_CHECK_EVERY_S = 5.0
+CLAIMS_CHECK_EVERY_S = 30.0
+ENGINE_RETRY_S = 30.0
+SHUTDOWN_GRACE_S = 10
+LEAVE_ANSWER_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """What `pod up` reports once the node answers."""
+
+    running: RunningNode
+    control_addresses: tuple[str, ...]
+
+
+class NodeRuntime:
+    """`run` until `stop` is called; then everything is closed in order. Used once."""
+
+    def __init__(self, home: PodHome, settings: NodeSettings) -> None:
+        self._home = home
+        self._settings = settings
+        self._stopped = asyncio.Event()
+        self._failure: str | None = None
+        self._aside: Path | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changes = Changes()
+        self._status_due = asyncio.Event()
+        self._files_due = asyncio.Event()
+        self._running: RunningNode | None = None
+        self._engine: EngineClient | None = None
+        self._serving: Serving | None = None
+        self._engine_ready: EngineReady | None = None
+        self._engine_problem = ""
+        self._make_parts()
+
+    def _make_parts(self) -> None:
+        settings = self._settings
+        self._membership = open_membership(self._home)
+        self._check_still_in_pod()
+        self._ledger = open_ledger(self._home, self._membership)
+        node = self._membership.node_id
+        self._catalogue = Catalogue(
+            self._home.models_dir, settings.serve, self._membership.request, self._membership.live
+        )
+        self._state = PodState(
+            node=node,
+            roster=lambda: self._membership.roster,
+            adverts=lambda: {node: advert.body for node, advert in self._membership.adverts().items()},
+            live=self._membership.live,
+            catalogue=self._catalogue,
+        )
+        self._book = PlanBook(self._home.plan_file, self._may_plan, self._plan_changed)
+        self._state.plan_book = self._book
+        self._planner = Planner(node, self._state, self._book, self._membership.node_key.sign)
+        self._links = HeadLinks(self._membership.node_key, self._membership.pod)
+        self._head = Head(
+            pod=self._membership.pod,
+            node=node,
+            sign=self._membership.node_key.sign,
+            links=self._links,
+            ledger=self._ledger,
+            find_route=self._state.find_route,
+            clock_ms=wall_clock_ms,
+        )
+        self._claims = Claims(self._ledger)
+        self._office = Office(
+            home=self._home,
+            membership=self._membership,
+            ledger=self._ledger,
+            catalogue=self._catalogue,
+            state=self._state,
+            loading=lambda: self._serving.loading() if self._serving else (),
+            leave=self._leave,
+        )
+
+    def _check_still_in_pod(self) -> None:
+        if self._membership.node_id not in self._membership.roster.nodes:
+            raise UserError("this machine was removed from the pod; `pod leave`, then join with a new invite")
+
+    def stop(self, failure: str | None = None) -> None:
+        """End the node. With `failure`, `run` raises it as a UserError once everything is closed."""
+        self._failure = self._failure or failure
+        self._stopped.set()
+
+    async def run(self, on_listening: Callable[[Listening], None]) -> None:
+        """Raises UserError: a port is taken, the engine cannot start, this node was removed."""
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._ledger.close)
+            app = create_app(self._backend())
+            app.include_router(local_router(self._run_operation, lambda: self._local_token))
+            listener = self._bind_ports()
+            stack.callback(listener.close)
+            await stack.enter_async_context(self._membership_running())
+            stack.push_async_callback(self._links.close)
+            self._wire()
+            num_voided = await self._head.recover()
+            if num_voided:
+                log.info("%d holds of an earlier run were voided", num_voided)
+            stack.push_async_callback(self._stop_engine)
+            stack.push_async_callback(self._end_tasks)
+            stack.push_async_callback(self._head.close, SHUTDOWN_GRACE_S)
+            host = split_address(self._settings.api_address, "--api")[0]
+            port = listener.getsockname()[1]
+            self._running = self._home.announce_running(f"http://{_url_host(host)}:{port}")
+            self._office.running = self._running
+            await stack.enter_async_context(serving(app, listener, grace_s=SHUTDOWN_GRACE_S))
+            self._start_tasks()
+            on_listening(Listening(self._running, self._membership.addresses()))
+            await self._stopped.wait()
+        if self._aside is not None:
+            self._home.set_aside(self._aside)
+        if self._failure is not None:
+            raise UserError(self._failure)
+
+    # Parts.
+
+    def _backend(self) -> NodeBackend:
+        return NodeBackend(
+            node=self._membership.node_id,
+            state=self._state,
+            catalogue=self._catalogue,
+            head=self._head,
+            ledger=self._ledger,
+            changes=self._changes,
+            local_token=lambda: self._local_token,
+            clock_ms=wall_clock_ms,
+        )
+
+    @property
+    def _local_token(self) -> str:
+        return self._running.local_token if self._running is not None else ""
+
+    async def _run_operation(
+        self, name: str, arguments: Mapping[str, object], tell: Callable[[Mapping[str, object]], None]
+    ) -> object:
+        return await run_operation(self._office, name, arguments, tell)
+
+    def _bind_ports(self) -> Any:
+        """Take the API port, and see that the data port is free, before anything else begins."""
+        try:
+            if self._settings.serve:
+                bind(*split_address(self._settings.data_address, "--data")).close()
+            return bind(*split_address(self._settings.api_address, "--api"))
+        except ListenError as error:
+            raise UserError(str(error)) from None
+
+    @contextlib.asynccontextmanager
+    async def _membership_running(self) -> AsyncIterator[None]:
+        membership, settings = self._membership, self._settings
+        channel = LedgerChannel(self._ledger, self._changes.tell)
+        membership.add_replicated(channel)
+        membership.add_replicated(self._book)
+        membership.handle(BUNDLE_KIND, self._catalogue.answer_bundle)
+        announce = []
+        port = split_address(settings.listen_address, "--listen")[1]
+        if settings.advertise_host and port:
+            announce = [f"{settings.advertise_host}:{port}"]
+        try:
+            await membership.start([settings.listen_address], announce, settings.discover)
+        except (ControlError, AddressError) as error:
+            raise UserError(str(error)) from None
+        try:
+            yield
+        finally:
+            await membership.stop()
+
+    def _wire(self) -> None:
+        membership = self._membership
+        membership.on_roster_change(self._roster_changed)
+        membership.on_peer(self._peer_changed)
+        membership.on_adverts(self._adverts_changed)
+        membership.on_self_removed(lambda: self.stop("this machine was removed from the pod"))
+        membership.on_duplicate(
+            lambda: self.stop("another machine runs with a copy of this state directory; one must go")
+        )
+        self._ledger.on_append = self._ledger_changed
+        self._roster_changed(membership.roster)
+
+    # Who tells whom.
+
+    def _roster_changed(self, roster: Roster) -> None:
+        self._catalogue.set_deployed(roster.models)
+        self._links.set_trust(roster.certificates())
+        if self._engine is not None:
+            self._spawn(self._trust_engine(self._engine, roster.certificates()))
+        self._files_due.set()
+        self._status_due.set()
+        self._wake()
+
+    def _peer_changed(self, _node: bytes, _live: bool) -> None:
+        self._wake()
+
+    def _adverts_changed(self) -> None:
+        self._wake()
+
+    def _plan_changed(self) -> None:
+        self._membership.changed()
+        self._wake()
+
+    def _ledger_changed(self) -> None:
+        self._membership.changed()
+        self._changes.tell()
+
+    def _shards_changed(self) -> None:
+        self._status_due.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        self._planner.wake()
+        if self._serving is not None:
+            self._serving.wake()
+        self._changes.tell()
+
+    def _may_plan(self, node: bytes) -> bool:
+        roster = self._membership.roster
+        member = roster.member_of_node(node)
+        return member is not None and roster.members[member].role is not Role.GUEST
+
+    def _engine_event(self, event: EngineEvent) -> None:
+        match event:
+            case ReceiptHeld(receipt=receipt):
+                self._claims.hold(receipt)
+            case EngineExited(reason=reason):
+                log.warning("%s; it is being restarted", reason)
+                if self._serving is not None:
+                    self._serving.engine_exited()
+            case EngineRestarted(ready=ready, shards=shards, failed=failed):
+                self._engine_ready = ready
+                for reason in failed:
+                    log.warning("after the engine's restart: %s", reason)
+                if self._serving is not None:
+                    self._serving.engine_restarted(shards)
+            case _:
+                pass
+
+    # Tasks.
+
+    def _start_tasks(self) -> None:
+        self._spawn(self._planner.run())
+        self._spawn(self._advertise())
+        self._spawn(self._find_files())
+        if self._settings.serve:
+            self._spawn(self._serve())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_ended)
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a part of the node failed", exc_info=error)
+            self.stop(f"the node failed: {error} (see {self._home.log_file})")
+
+    async def _end_tasks(self) -> None:
+        tasks = set(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _advertise(self) -> None:
+        """Say what this node offers whenever that changed, several changes at once."""
+        said = b""
+        while True:
+            self._status_due.clear()
+            status = self._status().encode()
+            if status != said:
+                self._membership.publish_advert(status)
+                said = status
+                self._wake()
+            await self._status_due.wait()
+            await asyncio.sleep(ADVERTISE_DEBOUNCE_S)
+
+    def _status(self) -> NodeStatus:
+        ready = self._engine_ready
+        entries = self._catalogue.entries()
+        problems = [(e.deployed.id, e.problem[:200]) for e in entries if e.problem]
+        if self._engine_problem:
+            problems.append((bytes(32), self._engine_problem[:200]))
+        if self._serving is not None:
+            problems += self._serving.problems()
+        return NodeStatus(
+            serving=ready is not None,
+            device=ready.device if ready else "",
+            memory_bytes=ready.memory_bytes if ready else 0,
+            bytes_per_second=ready.bytes_per_second if ready else 0,
+            data_address=self._data_address(ready) if ready else "",
+            api_url=self._running.api_url if self._running else "",
+            software=version("gpu-pod"),
+            shards=self._serving.shards() if self._serving else (),
+            models_available=tuple(e.deployed.id for e in entries if e.weights is not None),
+            problems=tuple(problems),
+        )
+
+    def _data_address(self, ready: EngineReady) -> str:
+        """Where other machines dial the stage links."""
+        host, _, port = ready.data_address.rpartition(":")
+        if self._settings.advertise_host:
+            return f"{self._settings.advertise_host}:{port}"
+        found = dialable([multiaddr_of(f"{host}:{port}")])
+        return f"{_url_host(host_port_of(found[0])[0])}:{port}" if found else ready.data_address
+
+    async def _find_files(self) -> None:
+        """Look for the files of models whenever the roster changed, and again for what is missing."""
+        while True:
+            self._files_due.clear()
+            if await self._catalogue.look_for_files():
+                self._status_due.set()
+                self._wake()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._files_due.wait(), FILES_CHECK_EVERY_S)
+
+    async def _serve(self) -> None:
+        engine = EngineClient(self._engine_config(), self._engine_event)
+        while True:
+            try:
+                self._engine_ready = await engine.start()
+                break
+            except EngineError as error:
+                self._engine_problem = str(error)
+                log.warning("this machine serves nothing: %s", error)
+                self._status_due.set()
+                await asyncio.sleep(ENGINE_RETRY_S)
+        self._engine, self._engine_problem = engine, ""
+        await self._trust_engine(engine, self._membership.roster.certificates())
+        await engine.set_rate_card(DEFAULT_RATE_CARD.encode())
+        self._serving = Serving(
+            self._membership.node_id, engine, self._catalogue, self._state, self._book, self._shards_changed
+        )
+        self._status_due.set()
+        self._spawn(self._check_claims())
+        await self._serving.run()
+
+    def _engine_config(self) -> EngineConfig:
+        return EngineConfig(
+            node_key_path=self._home.keys_dir / "node.pem",
+            pod=self._membership.pod,
+            data_listen=self._settings.data_address,
+            device=self._settings.device,
+            memory_bytes=self._settings.memory_bytes,
+            log_path=self._home.path / "engine.log",
+        )
+
+    async def _trust_engine(self, engine: EngineClient, certificates: tuple[bytes, ...]) -> None:
+        try:
+            await engine.set_trust(certificates)
+        except EngineError as error:
+            # A restarting engine is given the newest certificates when it is back.
+            log.info("the engine was not told who is in the roster: %s", error)
+
+    async def _check_claims(self) -> None:
+        while True:
+            await asyncio.sleep(CLAIMS_CHECK_EVERY_S)
+            await self._claims.check()
+
+    async def _stop_engine(self) -> None:
+        if self._engine is not None:
+            await self._engine.stop()
+
+    async def _leave(self) -> Path:
+        """Tell the others, answer the command, then stop and set the state aside."""
+        if self._membership.role is not Role.OWNER:
+            await self._membership.leave()
+        self._aside = self._home.aside_dir()
+        self._failure = None
+        asyncio.get_running_loop().call_later(LEAVE_ANSWER_S, self._stopped.set)
+        return self._aside
+
+
+def _url_host(host: str) -> str:
+    if host in ("", "0.0.0.0"):  # noqa: S104 - compared, not bound
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
