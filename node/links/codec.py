@@ -15,9 +15,9 @@ import math
 import struct
 import sys
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import cbor2
 
@@ -48,6 +48,7 @@ from node.links.frames import (
     TokenItem,
 )
 
+T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview
 
 WIRE_VERSION = 1
@@ -70,6 +71,9 @@ _U64 = (1 << 64) - 1
 _MAX_DEPTH = 4
 _TAGS_BUILT_IN = (*range(6), *range(21, 40), 43000, 55799, *range(256, 262), 1004, 100)
 
+_DTYPES = {int(dtype): dtype for dtype in Dtype}
+_FINISH_REASONS = {int(reason): reason for reason in FinishReason}
+_ERROR_CODES = {int(code): code for code in ErrorCode}
 _DTYPE_BYTES = {Dtype.FLOAT32: 4, Dtype.BFLOAT16: 2, Dtype.FLOAT16: 2}
 _KEY_ID_BYTES = 16
 _MEMBER_ID_BYTES = 32
@@ -284,6 +288,13 @@ def _flag(value: object) -> bool:
     return value
 
 
+def _choice(value: object, choices: Mapping[int, T]) -> T:
+    choice = choices.get(value) if type(value) is int else None
+    if choice is None:
+        raise FrameError("not one of the choices")
+    return choice
+
+
 def _u32_values(payload: Buffer) -> tuple[int, ...]:
     if len(payload) % 4:
         raise FrameError("prompt ids of the wrong length")
@@ -296,7 +307,7 @@ def _u32_values(payload: Buffer) -> tuple[int, ...]:
 def _read_hidden_batch(value: object, payload: Buffer) -> HiddenBatch:
     raw_items, raw_dtype, raw_hidden_size = _fields(value, 3)
     items = tuple(map(_read_hidden_item, _many(raw_items, MAX_NUM_ITEMS)))
-    dtype = Dtype(_number(raw_dtype, max(Dtype)))
+    dtype = _choice(raw_dtype, _DTYPES)
     hidden_size = _number(raw_hidden_size, MAX_HIDDEN_SIZE, 1)
     num_rows = sum(item.num_tokens for item in items)
     if num_rows * hidden_size * _DTYPE_BYTES[dtype] != len(payload):
@@ -316,7 +327,7 @@ def _read_token_batch(value: object, _: Buffer) -> TokenBatch:
 
 def _read_token_item(value: object) -> TokenItem:
     session, position, token_id, reason = _fields(value, 4)
-    finish_reason = FinishReason(_number(reason, max(FinishReason)))
+    finish_reason = _choice(reason, _FINISH_REASONS)
     return TokenItem(_session(session), _number(position, _U32), _number(token_id, _U32), finish_reason)
 
 
@@ -369,7 +380,7 @@ def _read_session_error(value: object, _: Buffer) -> SessionError:
     return SessionError(
         _session(session),
         _number(stage_index, MAX_NUM_STAGES - 1),
-        ErrorCode(_number(code, max(ErrorCode))),
+        _choice(code, _ERROR_CODES),
         _text(message, MAX_NUM_MESSAGE_CHARS),
     )
 

@@ -149,6 +149,9 @@ class HeadLinks:
         except ssl.SSLCertVerificationError as error:
             reason = "the peer's certificate is not in the roster"
             raise LinkDown(f"{short_name(node)} at {address}: {reason}") from error
+        except (ssl.SSLError, ConnectionResetError) as error:
+            reason = f"the peer does not admit this node: {error}"
+            raise LinkDown(f"{short_name(node)} at {address}: {reason}") from error
         except (OSError, EOFError, ValueError, OverflowError, HelloError, LinkDown) as error:
             raise LinkDown(f"{short_name(node)} at {address}: {error}") from error
 

@@ -28,7 +28,7 @@ class LinkLimits:
     handshake_timeout_s: float = 5.0
     tick_s: float = 0.5
     num_ticks_per_ping: int = 2
-    max_num_silent_ticks: int = 6
+    max_num_silent_ticks: int = 5
 
 
 DEFAULT_LIMITS = LinkLimits()

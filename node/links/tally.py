@@ -13,8 +13,8 @@ class Tally:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._sent: dict[type[Frame], FrameCount] = {}
-        self._received: dict[type[Frame], FrameCount] = {}
+        self._sent: dict[type[Frame], list[int]] = {}
+        self._received: dict[type[Frame], list[int]] = {}
 
     def add_sent(self, frame: Frame, num_bytes: int) -> None:
         self._add(self._sent, frame, num_bytes)
@@ -24,9 +24,14 @@ class Tally:
 
     def counts(self) -> LinkCounts:
         with self._lock:
-            return LinkCounts(dict(self._sent), dict(self._received))
+            return LinkCounts(_frozen(self._sent), _frozen(self._received))
 
-    def _add(self, counts: dict[type[Frame], FrameCount], frame: Frame, num_bytes: int) -> None:
+    def _add(self, counts: dict[type[Frame], list[int]], frame: Frame, num_bytes: int) -> None:
         with self._lock:
-            before = counts.get(type(frame), FrameCount())
-            counts[type(frame)] = FrameCount(before.num_frames + 1, before.num_bytes + num_bytes)
+            count = counts.setdefault(type(frame), [0, 0])
+            count[0] += 1
+            count[1] += num_bytes
+
+
+def _frozen(counts: dict[type[Frame], list[int]]) -> dict[type[Frame], FrameCount]:
+    return {frame_type: FrameCount(*count) for frame_type, count in counts.items()}

@@ -181,6 +181,7 @@ class TlsLinks:
         host, _, port = data_address.rpartition(":")
         try:
             raw = socket.create_connection((host.strip("[]"), int(port)), _remaining_s(deadline))
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return self._introduce(peer, raw, hello, deadline)
         except (OSError, OverflowError, ValueError, HelloError, LinkDown) as error:
             raise LinkDown(f"{short_name(peer)} at {data_address}: {error}") from error
@@ -247,6 +248,7 @@ class TlsLinks:
         trust = self._trust
         tls: socket.socket = raw
         try:
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             raw.settimeout(self._limits.handshake_timeout_s)
             tls = wrapped = trust.listening.wrap_socket(raw, server_side=True, do_handshake_on_connect=False)
             wrapped.do_handshake()

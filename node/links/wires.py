@@ -21,6 +21,8 @@ from node.links.rows import RowsBudget
 # Between two slices other connections get their turn; small enough not to hold a decode step up.
 _SLICE_BYTES = 256 << 10
 _PONG_BYTES = 4096
+# Up to here one copy costs less than writing the header on its own, which wakes the reader for nothing.
+_JOIN_BYTES = 128 << 10
 _ROOM_POLL_S = 0.1
 
 
@@ -28,7 +30,6 @@ class _Wire:
     """The socket of a connection. Any thread may `abort`; only the owner closes."""
 
     def __init__(self, tls: ssl.SSLSocket, lane: Lane) -> None:
-        tls.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.lane = lane
         self.aborted = False
         self.num_silent_ticks = 0
@@ -78,6 +79,8 @@ class Sender(_Wire):
         Returns whether `service` has work left. Raises LinkFull and LinkDown.
         """
         num_bytes = sum(map(len, buffers))
+        if num_bytes <= _JOIN_BYTES:
+            buffers = [b"".join(buffers)]
         with self._queue:
             if self.aborted:
                 raise LinkDown("the link is closed")

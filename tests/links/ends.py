@@ -231,6 +231,6 @@ SMALL_LIMITS = LinkLimits(
     max_num_queued_bytes={Lane.DECODE: 64 << 10, Lane.BULK: 256 << 10},
     max_num_held_bytes={Lane.DECODE: 64 << 10, Lane.BULK: 256 << 10},
     tick_s=0.1,
-    handshake_timeout_s=0.5,
+    handshake_timeout_s=1.0,
     max_num_handshakes=4,
 )

@@ -13,6 +13,7 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,6 +98,8 @@ def test_an_outsider_fails_the_handshake(adapter: TlsAdapter) -> None:
     stage = adapter.stage(A)
     with pytest.raises(ssl.SSLError):
         dial(stage, Trust(OUTSIDER, ROSTER).dialling, STAGE_HELLO.encode()).recv(1)
+    with pytest.raises(LinkDown, match="does not admit"):
+        adapter.head(OUTSIDER).connect(stage)
     outsider = adapter.stage(OUTSIDER)
     with pytest.raises(LinkDown, match="does not admit"):
         connect(outsider, stage)
@@ -194,8 +197,9 @@ def test_what_is_not_tls_at_all_is_closed(adapter: TlsAdapter) -> None:
     host, port = stage.links.data_address.split(":")
     with socket.create_connection((host, int(port)), TIMEOUT_S) as raw:
         raw.sendall(b"\x00" * 4096)
-        raw.shutdown(socket.SHUT_WR)
-        assert is_closed(raw) or is_closed(raw)  # The first byte may be that of an alert.
+        with suppress(ConnectionError):
+            while raw.recv(64):  # An alert, perhaps; a timeout would fail the test.
+                pass
     assert_still_works(stage, adapter)
 
 
