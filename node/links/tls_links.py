@@ -6,6 +6,7 @@ engine is told once. Knows certificates (through `Trust`) and frames, but no ses
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import ssl
@@ -38,6 +39,7 @@ from node.links.wires import Receiver, Sender, read_exactly
 from pod.identity import KeyPair, short_name
 
 _CLOSE_TIMEOUT_S = 2.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
@@ -332,8 +334,13 @@ class TlsLinks:
             closed = self._closed
         for wire in wires:
             wire.abort()
-        if not closed:
+        if closed:
+            return
+        try:
             self._on_down[peer.role](peer.node, reason)
+        except Exception:
+            # The thread that noticed watches all the other links too.
+            _log.exception("the callback for a lost link failed")
 
 
 def _remaining_s(deadline: float) -> float:

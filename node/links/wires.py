@@ -69,6 +69,7 @@ class Sender(_Wire):
         self._ssl = threading.Lock()
         self._answer = bytearray()
         self._nonce = 0
+        self._num_unanswered = 0
 
     def has_room(self) -> bool:
         return self._num_bytes < self._max_num_bytes
@@ -108,6 +109,7 @@ class Sender(_Wire):
 
     def ping(self) -> bool:
         self._nonce += 1
+        self._num_unanswered += 1
         return self.push(encode(Ping(self._nonce)))
 
     def _write(self) -> bool:
@@ -137,13 +139,14 @@ class Sender(_Wire):
     def _take_pongs(self) -> None:
         while len(self._answer) >= PREFIX_BYTES:
             prefix = parse_prefix(bytes(self._answer[:PREFIX_BYTES]), Lane.DECODE)
-            if prefix.frame_type is not Pong:
-                raise FrameError("the peer sends frames where only pongs may come")
+            if prefix.frame_type is not Pong or self._num_unanswered == 0:
+                raise FrameError("the peer says something nobody asked for")
             end = PREFIX_BYTES + prefix.header_bytes
             if len(self._answer) < end:
                 return
             decode(prefix, bytes(self._answer[PREFIX_BYTES:end]), b"")
             del self._answer[:end]
+            self._num_unanswered -= 1
             self.num_silent_ticks = 0
 
 

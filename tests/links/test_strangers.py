@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import NameOID
 
 from node.links.codec import encode
-from node.links.frames import Lane, Ping, SessionOpened, StartSession
+from node.links.frames import Frame, Lane, Ping, Pong, SessionOpened, StartSession
 from node.links.hello import Direction, Hello, Role
 from node.links.port import LinkDown, LinkFull
 from node.links.trust import Trust
@@ -245,11 +245,13 @@ def test_a_frame_cut_short_is_a_lost_link(adapter: TlsAdapter) -> None:
     assert_still_works(stage, adapter)
 
 
-def test_a_stage_may_not_talk_back_where_only_pongs_belong(adapter: TlsAdapter) -> None:
+@pytest.mark.parametrize("frame", [Ping(1), Pong(1), SessionOpened(SESSION, 0)])
+def test_a_reader_may_say_nothing_but_the_pongs_it_is_asked_for(adapter: TlsAdapter, frame: Frame) -> None:
     stage = adapter.stage(A)
     asking = dial_as(B, stage, ANSWERING_HELLO)
-    asking.sendall(encode(Ping(1))[0])
+    asking.sendall(encode(frame)[0])
     eventually(lambda: stage.head_downs)
+    assert "nobody asked" in stage.head_downs[0][1]
     assert is_closed(asking)
 
 
