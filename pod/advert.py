@@ -152,7 +152,7 @@ class AdvertBook:
         if own is not None and own.run == self._run:
             self.publish(own.addresses, own.body)
         self._num_foreign_own += 1
-        if self._num_foreign_own > 2:
+        if self._num_foreign_own > 1:
             self.on_duplicate()
         return True
 

@@ -182,7 +182,7 @@ class Gossip:
                 try:
                     num_new, more = await self._pull_piece(peer, channel)
                 except (ControlError, ValueError) as error:
-                    log.info("cannot pull %s from %s: %s", channel.name, peer.hex()[:8], error)
+                    log.debug("cannot pull %s from %s: %s", channel.name, peer.hex()[:8], error)
                     break
                 any_new = any_new or num_new > 0
                 more = more and num_new > 0

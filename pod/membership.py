@@ -22,6 +22,7 @@ from pod.identity import KeyPair, node_of_peer_id
 from pod.invite import Invite, InviteError, parse, signed_invite, unsigned_invite
 from pod.peer_file import PeerFile
 from pod.reconnect import Reconnector
+from pod.roster.apply import roster_of
 from pod.roster.events import (
     NO_POD,
     Body,
@@ -202,13 +203,7 @@ class Membership:
 
     def issue(self, body: Body) -> Event:
         """Signs an event with the member's key, stores and gossips it. Whether it counts, the roster says."""
-        member = self.member_key
-        event = sign_event(
-            body, self.pod, member.public, member.sign, self._log.next_lamport, self._clock_ms()
-        )
-        self._log.add(event)
-        self._roster_changed()
-        return event
+        return self._add(self._signed(body))
 
     def invite(
         self,
@@ -253,18 +248,18 @@ class Membership:
         if member not in self._roster.members:
             raise MembershipError("there is no such member")
         kept = tuple(event.hash for event in self._log.events() if event.author == member)
-        event = self.issue(MemberRemoved(member, kept))
-        if member in self._roster.members:
+        draft = self._signed(MemberRemoved(member, kept))
+        if member in roster_of(self.pod, [*self._log.events(), draft]).members:
             raise MembershipError("your role does not allow removing this member")
-        return event
+        return self._add(draft)
 
     def remove_node(self, node: bytes) -> Event:
         if node not in self._roster.nodes:
             raise MembershipError("there is no such node")
-        event = self.issue(NodeRemoved(node))
-        if node in self._roster.nodes:
+        draft = self._signed(NodeRemoved(node))
+        if node in roster_of(self.pod, [*self._log.events(), draft]).nodes:
             raise MembershipError("your role does not allow removing this node")
-        return event
+        return self._add(draft)
 
     def publish_advert(self, body: bytes) -> None:
         """What this node offers; opaque here, replaces the last one."""
@@ -275,6 +270,15 @@ class Membership:
         """A replicated channel has news: tell the others soon."""
         if self._gossip is not None:
             self._gossip.changed()
+
+    def _signed(self, body: Body) -> Event:
+        key = self.member_key
+        return sign_event(body, self.pod, key.public, key.sign, self._log.next_lamport, self._clock_ms())
+
+    def _add(self, event: Event) -> Event:
+        self._log.add(event)
+        self._roster_changed()
+        return event
 
     # Being told.
 
@@ -362,13 +366,20 @@ class Membership:
         if transport is not None:
             await transport.stop()
 
-    async def leave(self) -> None:
-        """Removes this member from the pod; waits a moment for another node to hear of it."""
+    async def leave(self, timeout_s: float = 5.0) -> None:
+        """Removes this member from the pod and tells another node, for which it waits until one is live.
+
+        Raises MembershipError when none is, or for the owner; then nothing has changed.
+        """
         if self.role is Role.OWNER:
             raise MembershipError("the owner cannot leave the pod")
+        deadline_s = time.monotonic() + timeout_s
+        while not self.live():
+            if time.monotonic() > deadline_s:
+                raise MembershipError("no other node of the pod is reachable to be told; try again later")
+            await asyncio.sleep(0.05)
         self.remove_member(self.member_id)
-        if self._gossip is not None:
-            await asyncio.sleep(FAREWELL_S)
+        await asyncio.sleep(FAREWELL_S)
 
     def _announce(self, transport: ControlTransport, announce: Sequence[str]) -> None:
         given = [with_peer(multiaddr_of(address), self.node_id) for address in announce]
@@ -425,7 +436,10 @@ class Membership:
         before, self._roster = self._roster, self._log.roster
         self._book.forget_strangers()
         if self._transport is not None:
-            leaving = frozenset(before.nodes) - frozenset(self._roster.nodes)
+            # Who leaves itself says goodbye to everybody.
+            leaving = frozenset(before.nodes) - (
+                frozenset(self._roster.nodes) if self._is_in() else frozenset()
+            )
             self._allow(self._transport, self._roster, leaving)
             if leaving:
                 timer = asyncio.get_running_loop().call_later(FAREWELL_S, self._end_farewell)

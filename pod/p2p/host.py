@@ -23,6 +23,7 @@ from libp2p.peer.peerstore import PeerStore
 from libp2p.protocol_muxer.multiselect import Multiselect
 from libp2p.protocol_muxer.multiselect_client import MultiselectClient
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
+from libp2p.security.noise.exceptions import PeerIDMismatchesPubkey
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL_ID
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_PROTOCOL_ID
 from libp2p.stream_muxer.yamux.yamux import Yamux
@@ -32,6 +33,7 @@ from libp2p.transport.tcp.tcp import TCP
 from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
+from pod.address import host_port_of
 from pod.control import ControlError, RefusedError
 from pod.identity import KeyPair, node_of_peer_id, peer_id
 from pod.p2p.frames import ControlFrame
@@ -211,7 +213,16 @@ def _swarm(key: KeyPair, gate: MembersOnlyNoise) -> Swarm:
     return swarm
 
 
-def _address_of(address: str, peer: bytes) -> Multiaddr:
+async def _address_of(address: str, peer: bytes) -> Multiaddr:
+    """Resolves names as the system does: libp2p asks DNS only and knows no hosts file."""
+    if address.startswith("/dns"):
+        host, port = host_port_of(address)
+        try:
+            found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise ControlError(f"the name {host} cannot be resolved: {error.strerror}") from None
+        family, ip = found[0][0], found[0][4][0]
+        address = f"/ip{6 if family == socket.AF_INET6 else 4}/{ip}/{address.split('/', 3)[3]}"
     try:
         parsed = Multiaddr(address)
         named = parsed.value_for_protocol("p2p") if "/p2p/" in address else None
@@ -230,7 +241,7 @@ def _reason_of(error: BaseException) -> ControlError:
             return RefusedError("it answered, but did not let this key in")
         if isinstance(link, OSError) and link.strerror:
             return ControlError(link.strerror)
-        if "Peer ID mismatch" in str(link) or "does not match the expected" in str(link):
+        if isinstance(link, PeerIDMismatchesPubkey):
             return ControlError("another node answers there")
         link = link.__cause__ or link.__context__
     return ControlError(str(error) or type(error).__name__)

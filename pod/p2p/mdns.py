@@ -84,5 +84,15 @@ class LanDiscovery(ServiceListener):
         properties = {"pod": self._tag} | {f"a{n}": one for n, one in enumerate(self._addresses)}
         port = host_port_of(self._addresses[0])[1]
         return ServiceInfo(
-            SERVICE, f"{name}.{SERVICE}", port=port, properties=properties, server=f"{name}.local."
+            SERVICE,
+            f"{name}.{SERVICE}",
+            port=port,
+            properties=properties,
+            server=f"{name}.local.",
+            parsed_addresses=self._ips(),
         )
+
+    def _ips(self) -> list[str]:
+        """A service without an address is never complete for whoever looks it up."""
+        hosts = [host_port_of(address)[0] for address in self._addresses]
+        return [host for host in hosts if ":" in host or host.replace(".", "").isdigit()] or ["127.0.0.1"]

@@ -47,8 +47,8 @@ class Machines:
             )
         )
 
-    async def up(self, membership: Membership) -> Membership:
-        await membership.start(make_transport=self.make_transport)
+    async def up(self, membership: Membership, listen: str = "127.0.0.1:0") -> Membership:
+        await membership.start([listen], make_transport=self.make_transport)
         self.running[membership.directory.name] = membership
         return membership
 

@@ -59,7 +59,7 @@ def test_everything_is_still_there_offline_and_events_can_be_issued_there(
     tmp_path: Path, network: MemoryNetwork | None
 ) -> None:
     async def scenario(machines: Machines) -> None:
-        _, mark = await machines.pod_of("olga", "mark")
+        olga, mark = await machines.pod_of("olga", "mark")
         await machines.down("olga")
         await machines.down("mark")
         offline = Membership.open(machines.home("olga"))
@@ -67,7 +67,7 @@ def test_everything_is_still_there_offline_and_events_can_be_issued_there(
         invite = offline.invite()
         assert invite.addresses
         assert "sk-pod-" in offline.issue_api_key("laptop")
-        await machines.up(Membership.open(machines.home("olga")))
+        await machines.up(offline, listen=olga.addresses()[0].partition("/p2p/")[0])
         await machines.up(Membership.open(machines.home("mark")))
         await until(lambda: invite.key.public in machines.running["mark"].roster.invites, within_s=8)
 
@@ -389,6 +389,6 @@ def test_a_copied_home_running_twice_is_noticed(tmp_path: Path) -> None:
         told: list[bool] = []
         mark.on_duplicate(lambda: told.append(True))
         await machines.up(Membership.open(machines.home("copy")))
-        await until(lambda: bool(told), within_s=10)
+        await until(lambda: bool(told), within_s=30)
 
     play(tmp_path, scenario)
