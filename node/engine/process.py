@@ -255,7 +255,7 @@ def main(descriptor: int) -> int:
         pipe.send_last(Failed(0, str(error)))
         return 1
     except OSError as error:
-        pipe.send_last(Failed(0, f"cannot listen on {config.data_listen}: {error.strerror or error}"))
+        pipe.send_last(Failed(0, f"cannot listen on {config.data_listen}: {os.strerror(error.errno or 0)}"))
         return 1
     process.run()
     return 0

@@ -1,0 +1,297 @@
+"""Sessions over a ring of engines: frames per token, cancelling, KV room, deadlines, losses, receipts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from node.engine.engine import MAX_NUM_UNSIGNED_OUTPUT_TOKENS
+from node.engine.scheduler import StepLimits
+from node.links.frames import (
+    CloseSession,
+    ErrorCode,
+    FinishReason,
+    Frame,
+    HiddenBatch,
+    OpenSession,
+    Sampling,
+    StartSession,
+    TokenBatch,
+)
+from tests.engine.ring import GREEDY, Heard, Ring, wait_until
+from tests.engine.tiny import NUM_LAYERS, VOCAB_SIZE, TinyModel
+
+PROMPT = [5, 9, 17, 33, 65, 129, 60]
+ENDLESS = Sampling(temperature=0, max_num_output_tokens=400, ignore_eos=True)
+
+
+def begin(ring: Ring, sampling: Sampling = GREEDY) -> tuple[OpenSession, Heard]:
+    opening = ring.opening(PROMPT, sampling)
+    heard = ring.open(opening)
+    assert not heard.errors
+    ring.start(opening)
+    return opening, heard
+
+
+def sent_by(ring: Ring, kind: type[Frame]) -> list[int]:
+    counts = [engine.links.counts().sent.get(kind) for engine in ring.engines]
+    return [count.num_frames if count else 0 for count in counts]
+
+
+def received_bytes(ring: Ring, kind: type[Frame]) -> int:
+    counts = [engine.links.counts().received.get(kind) for engine in ring.engines]
+    return sum(count.num_bytes for count in counts if count)
+
+
+def test_a_decode_step_is_three_frames_and_a_copy_to_the_head(llama: TinyModel) -> None:
+    num_tokens = 12
+    with Ring(llama.package, (1, 3)) as ring:
+        ring.generate([PROMPT], replace(GREEDY, max_num_output_tokens=num_tokens))
+        # One pass per token (the first over the prompt); the last token goes to the head alone.
+        wait_until(lambda: sum(sent_by(ring, TokenBatch)) == 2 * num_tokens - 1)
+        assert sent_by(ring, HiddenBatch) == [num_tokens, num_tokens, 0]
+        assert sent_by(ring, TokenBatch) == [0, 0, 2 * num_tokens - 1]
+        rows = (len(PROMPT) + num_tokens - 1) * 2 * 48 * 4
+        assert received_bytes(ring, HiddenBatch) - rows < 100 * 2 * num_tokens
+
+
+def test_the_prompt_travels_once(llama: TinyModel) -> None:
+    with Ring(llama.package, (1, 3)) as ring:
+        prompt = [150 + n % 40 for n in range(300)]
+        opening = ring.opening(prompt, replace(GREEDY, max_num_output_tokens=4))
+        heard = ring.open(opening)
+        opened_bytes = received_bytes(ring, OpenSession)
+        ring.start(opening)
+        wait_until(lambda: heard.is_over)
+        assert received_bytes(ring, OpenSession) == opened_bytes
+        assert received_bytes(ring, StartSession) < 100
+        # Two hops of rows, and nothing of the 300 ids with them.
+        assert received_bytes(ring, HiddenBatch) < 2 * 303 * 48 * 4 + 8 * 100
+
+
+def test_sessions_of_one_step_share_a_frame(llama: TinyModel) -> None:
+    num_sessions, num_tokens = 8, 30
+    with Ring(llama.package, (2,)) as ring:
+        sampling = replace(GREEDY, max_num_output_tokens=num_tokens)
+        ring.generate([PROMPT] * num_sessions, sampling)
+        assert sum(sent_by(ring, HiddenBatch)) < num_sessions * num_tokens / 2
+
+
+def test_cancelling_frees_the_kv_at_once_and_stops_the_work(llama: TinyModel) -> None:
+    with Ring(llama.package, (1, 3)) as ring:
+        opening, heard = begin(ring, ENDLESS)
+        other = ring.opening(PROMPT, replace(GREEDY, max_num_output_tokens=40))
+        other_heard = ring.open(other)
+        ring.start(other)
+        wait_until(lambda: len(heard.tokens) > 3)
+        assert not ring.all_kv_free()
+        ring.close_session(opening)
+        wait_until(lambda: other_heard.is_over)
+        assert other_heard.finish_reason is FinishReason.LENGTH
+        ring.close_session(other)
+        wait_until(ring.all_kv_free)
+        wait_until(lambda: len(heard.timings) == 3)
+        assert not heard.errors
+        assert {event.reason for event in ring.ended()} == {""}
+        assert all(timing.num_steps > 3 and timing.compute_us > 0 for timing in heard.timings)
+        # Frames of a session nobody knows any more are dropped.
+        ring.close_session(opening)
+        assert ring.generate([PROMPT])[0]
+
+
+def test_no_kv_room_is_refused_and_room_comes_back(llama: TinyModel) -> None:
+    sampling = replace(GREEDY, max_num_output_tokens=90)
+    with Ring(llama.package, (2,), kv_tokens=160) as ring:
+        first = ring.opening(PROMPT, sampling)
+        assert not ring.open(first).errors
+        second = ring.opening(PROMPT, sampling)
+        errors = ring.open(second).errors
+        assert {error.code for error in errors} == {ErrorCode.NO_KV_ROOM}
+        assert "97 tokens of KV room needed, 48 of 160 are free" in errors[0].message
+        ring.close_session(first)
+        third = ring.opening(PROMPT, sampling)
+        assert not ring.open(third).errors
+        ring.close_session(third)
+        wait_until(ring.all_kv_free)
+
+
+def test_eos_ends_unless_ignored_or_too_early(llama: TinyModel) -> None:
+    greedy = llama.generate(PROMPT, 16)
+    stop = greedy[5]
+    first = greedy.index(stop)
+    with Ring(llama.package, (2,)) as ring:
+        stopping = replace(GREEDY, ignore_eos=False, eos_token_ids=(stop,))
+        assert ring.generate([PROMPT], stopping) == [greedy[: first + 1]]
+        assert ring.generate([PROMPT], replace(stopping, ignore_eos=True)) == [greedy]
+        later = ring.generate([PROMPT], replace(stopping, min_num_output_tokens=first + 3))[0]
+        assert later[:first] == greedy[:first]
+        assert stop not in later[: first + 3]
+
+
+def test_sampled_tokens_depend_on_seed_and_position_only(llama: TinyModel) -> None:
+    rng = random.Random(3)
+    prompts = [[rng.randrange(3, VOCAB_SIZE) for _ in range(length)] for length in (3, 20, 41)]
+    base = Sampling(temperature=0.9, top_p=0.95, top_k=60, max_num_output_tokens=20, ignore_eos=True)
+    samplings = [replace(base, seed=seed) for seed in (1, 2, 2**63 + 5)]
+    runs = []
+    for cuts, limits in (((), StepLimits()), ((1, 3), StepLimits(max_num_prefill_tokens=8))):
+        with Ring(llama.package, cuts, limits=limits) as ring:
+            runs.append([ring.generate([p], s)[0] for p, s in zip(prompts, samplings, strict=True)])
+            runs.append(ring.generate(prompts, *samplings))
+            reseeded = ring.generate([prompts[0]], replace(base, seed=77))
+    assert runs[0] == runs[1] == runs[2] == runs[3]
+    assert reseeded != [runs[0][0]]
+
+
+def test_a_replay_continues_with_the_same_tokens(llama: TinyModel) -> None:
+    sampling = Sampling(temperature=1.1, seed=9, max_num_output_tokens=20, ignore_eos=True)
+    with Ring(llama.package, (2,)) as ring:
+        whole = ring.generate([PROMPT], sampling)[0]
+        opening = replace(ring.opening(PROMPT + whole[:8], sampling), num_output_tokens_before=8)
+        heard = ring.open(opening)
+        ring.start(opening)
+        wait_until(lambda: heard.is_over)
+    assert whole[:8] + heard.tokens == whole
+    assert heard.finish_reason is FinishReason.LENGTH
+
+
+def test_a_deadline_ends_a_session(llama: TinyModel) -> None:
+    now_ms = [1_000]
+    with Ring(llama.package, (2,), clock_ms=lambda: now_ms[0]) as ring:
+        opening = replace(ring.opening(PROMPT, GREEDY), deadline_ms=1_050)
+        heard = ring.open(opening)
+        now_ms[0] = 1_050
+        wait_until(lambda: len(heard.errors) == 2)
+        assert {error.code for error in heard.errors} == {ErrorCode.DEADLINE}
+        assert ring.all_kv_free()
+        late = replace(ring.opening(PROMPT, GREEDY), deadline_ms=1_050)
+        assert ring.open(late).errors[0].code is ErrorCode.DEADLINE
+
+
+def test_a_far_deadline_does_not_trouble_the_loop(llama: TinyModel) -> None:
+    with Ring(llama.package) as ring:
+        assert ring.open(replace(ring.opening(PROMPT), deadline_ms=2**62)).opened == {0}
+        assert ring.generate([PROMPT])[0] == llama.generate(PROMPT, 16)
+
+
+def test_a_lost_neighbour_ends_the_sessions_over_it_and_no_others(llama: TinyModel) -> None:
+    with Ring(llama.package, (1, 3)) as ring:
+        _, heard = begin(ring, ENDLESS)
+        wait_until(lambda: len(heard.tokens) > 2)
+        ring.engines[1].stop()
+        wait_until(lambda: {error.stage_index for error in heard.errors} >= {0, 2})
+        assert {e.code for e in heard.errors} <= {ErrorCode.NEXT_HOP_UNREACHABLE, ErrorCode.SHUTTING_DOWN}
+        wait_until(ring.all_kv_free)
+        again = ring.opening(PROMPT)
+        again_heard = ring.heard.setdefault(again.session, Heard())
+        ring.head.send(ring.route[0].node, again)
+        wait_until(lambda: bool(again_heard.errors))
+        assert again_heard.errors[0].code is ErrorCode.NEXT_HOP_UNREACHABLE
+
+
+def test_a_lost_head_frees_its_sessions(llama: TinyModel) -> None:
+    with Ring(llama.package, (2,)) as ring:
+        begin(ring, ENDLESS)
+        ring.head.close()
+        wait_until(lambda: len(ring.ended()) == 2)
+        assert ring.all_kv_free()
+        assert all("head is gone" in event.reason for event in ring.ended())
+
+
+def test_a_failing_step_ends_its_session_and_the_engine_lives_on(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Ring(llama.package, (2,)) as ring:
+        with monkeypatch.context() as patch:
+
+            def fail(*_: object) -> None:
+                raise RuntimeError("a kernel failed")
+
+            patch.setattr(ring.shards[1].shard, "run", fail)
+            _, heard = begin(ring)
+            wait_until(lambda: bool(heard.errors))
+        assert heard.errors[0].code is ErrorCode.INTERNAL
+        assert heard.errors[0].message == "a step failed: RuntimeError"
+        ring.close_session(ring.opening(PROMPT))
+        assert ring.generate([PROMPT])[0] == llama.generate(PROMPT, 16)
+
+
+BAD_OPENINGS: dict[str, tuple[Callable[[OpenSession], OpenSession], ErrorCode, str]] = {
+    "unknown model": (lambda o: replace(o, model=bytes(32)), ErrorCode.UNKNOWN_SHARD, "not loaded"),
+    "foreign head": (lambda o: replace(o, head=bytes(32)), ErrorCode.BAD_FRAME, "by its head"),
+    "other stage": (lambda o: replace(o, stage_index=1), ErrorCode.BAD_FRAME, "not that stage"),
+    "gap": (
+        lambda o: replace(o, route=(o.route[0], replace(o.route[1], start_layer=3))),
+        ErrorCode.BAD_FRAME,
+        "do not join",
+    ),
+    "short": (lambda o: replace(o, route=o.route[:1]), ErrorCode.BAD_FRAME, f"2 of {NUM_LAYERS} layers"),
+    "same node twice": (
+        lambda o: replace(o, route=(o.route[0], replace(o.route[0], start_layer=2, end_layer=4))),
+        ErrorCode.BAD_FRAME,
+        "visits a node once",
+    ),
+    "no prompt": (lambda o: replace(o, num_prompt_tokens=0, prompt_ids=()), ErrorCode.BAD_FRAME, "a prompt"),
+    "missing ids": (lambda o: replace(o, prompt_ids=()), ErrorCode.BAD_FRAME, "whole prompt"),
+    "foreign id": (
+        lambda o: replace(o, prompt_ids=(VOCAB_SIZE, *o.prompt_ids[1:])),
+        ErrorCode.BAD_FRAME,
+        "outside the vocabulary",
+    ),
+    "too long": (
+        lambda o: replace(o, sampling=replace(o.sampling, max_num_output_tokens=4000)),
+        ErrorCode.BAD_FRAME,
+        "do not fit the context of 512",
+    ),
+    "rate card": (lambda o: replace(o, rate_card_version=9), ErrorCode.BAD_FRAME, "rate card 9"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD_OPENINGS))
+def test_a_bad_opening_is_refused_with_its_reason(llama: TinyModel, name: str) -> None:
+    change, code, words = BAD_OPENINGS[name]
+    with Ring(llama.package, (2,)) as ring:
+        opening = change(ring.opening(PROMPT))
+        heard = ring.heard.setdefault(opening.session, Heard())
+        ring.head.send(ring.route[0].node, opening)
+        wait_until(lambda: bool(heard.errors))
+        assert heard.errors[0].code is code
+        assert words in heard.errors[0].message
+        assert ring.all_kv_free()
+
+
+def test_only_its_head_may_steer_a_session(llama: TinyModel) -> None:
+    with Ring(llama.package) as ring:
+        opening, heard = begin(ring, ENDLESS)
+        ring.engines[0]._post(ring.engines[0]._frame_arrived, bytes(32), CloseSession(opening.session))
+        num_tokens = len(heard.tokens)
+        wait_until(lambda: len(heard.tokens) > num_tokens + 3)
+        assert not ring.ended()
+
+
+def test_receipts_are_co_signed_up_to_the_own_count_and_disputed_above(llama: TinyModel) -> None:
+    num_tokens = 10
+    with Ring(llama.package, (1, 3)) as ring:
+        opening, heard = begin(ring, replace(GREEDY, max_num_output_tokens=num_tokens))
+        wait_until(lambda: heard.is_over)
+        for index in range(3):
+            ring.send_receipt(ring.receipt(opening, index, 1, len(PROMPT), num_tokens))
+        wait_until(lambda: len(heard.receipts) == 3)
+        assert all(signed.is_co_signed for signed in heard.receipts)
+        ring.send_receipt(ring.receipt(opening, 1, 2, len(PROMPT), num_tokens + 1))
+        wait_until(lambda: bool(heard.errors))
+        assert heard.errors[0].code is ErrorCode.DISPUTED_RECEIPT
+        assert heard.errors[0].stage_index == 1
+        assert f"is {num_tokens + 1}, the stage counted {num_tokens}" in heard.errors[0].message
+
+
+def test_a_head_that_does_not_sign_is_not_served_on(llama: TinyModel) -> None:
+    with Ring(llama.package) as ring:
+        _, heard = begin(ring, ENDLESS)
+        wait_until(lambda: bool(heard.errors))
+        assert heard.errors[0].code is ErrorCode.UNSIGNED_LIMIT
+        assert len(heard.tokens) == MAX_NUM_UNSIGNED_OUTPUT_TOKENS + 1
+        assert ring.all_kv_free()
