@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import ipaddress
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from pod.identity import peer_id
 

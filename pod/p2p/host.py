@@ -127,9 +127,8 @@ class Host:
         connection = None
         try:
             with trio.fail_after(DIAL_TIMEOUT_S):
-                connection = await self._swarm.dial_addr(
-                    _address_of(address, peer), ID.from_base58(peer_id(peer))
-                )
+                target = await _address_of(address, peer)
+                connection = await self._swarm.dial_addr(target, ID.from_base58(peer_id(peer)))
                 stream = await connection.new_stream()
                 communicator = MultiselectCommunicator(stream)
                 await MultiselectClient().select_one_of([PROTOCOL], communicator, NEGOTIATE_TIMEOUT_S)
