@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from openai import APIError, OpenAI
 
 from node.cli import show
-from node.cli.main import print_ledger
+from node.cli.books import print_ledger
 from node.errors import UserError
 from node.local_pod import LocalNode
 
