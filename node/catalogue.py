@@ -12,8 +12,6 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import cbor2
-
 from node.models.errors import ModelError
 from node.models.manifest import Manifest
 from node.models.package import (
@@ -24,12 +22,14 @@ from node.models.package import (
     write_bundle,
 )
 from node.models.tokenizer import ChatTokenizer
+from pod.canonical import decode, encode
 from pod.roster.roster import Model
 
 log = logging.getLogger(__name__)
 
 BUNDLE_KIND = "bundle"
 PIECE_BYTES = 128 * 1024
+MAX_QUESTION_BYTES = 1024
 REQUEST_TIMEOUT_S = 10.0
 RETRY_S = 15.0
 MAX_NUM_TOKENIZERS = 16
@@ -164,7 +164,7 @@ class Catalogue:
         """One bundle file in pieces; the digest is checked when it is written."""
         raw = bytearray()
         while len(raw) < size_bytes:
-            question = cbor2.dumps([model, name, len(raw)], canonical=True)
+            question = encode([model, name, len(raw)])
             piece = await self._ask(peer, BUNDLE_KIND, question, REQUEST_TIMEOUT_S)
             if not piece or len(raw) + len(piece) > size_bytes:
                 raise ModelError(f"{name} ended at {len(raw)} of {size_bytes} bytes")
@@ -173,7 +173,7 @@ class Catalogue:
 
     async def answer_bundle(self, _peer: bytes, payload: bytes) -> bytes:
         """Another node asks for a piece of a bundle file; nothing but files named in the manifest."""
-        match cbor2.loads(payload) if len(payload) <= 1024 else None:
+        match decode(payload, MAX_QUESTION_BYTES):
             case [bytes(model), str(name), int(offset)] if offset >= 0:
                 pass
             case _:

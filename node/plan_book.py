@@ -9,13 +9,13 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-import cbor2
-
 from node.placement.assignment import MAX_PLAN_BYTES, Plan, PlanError
+from pod.canonical import DecodeError, decode, encode
 from pod.identity import verify
 
 PLAN_CONTEXT = b"gpu-pod plan, v1\x00"
 MAX_SIGNED_PLAN_BYTES = MAX_PLAN_BYTES + 256
+MAX_SUMMARY_BYTES = 128
 
 
 class PlanBook:
@@ -35,7 +35,7 @@ class PlanBook:
     def publish(self, plan: Plan, sign: Callable[[bytes], bytes]) -> bool:
         """Sign this node's own plan and take it over. False when a newer one is already known."""
         encoded = plan.encode()
-        raw = cbor2.dumps([encoded, sign(PLAN_CONTEXT + encoded)], canonical=True)
+        raw = encode([encoded, sign(PLAN_CONTEXT + encoded)])
         return self._adopt(raw)
 
     def digest(self) -> bytes:
@@ -43,10 +43,10 @@ class PlanBook:
 
     def summary(self) -> bytes:
         plan = self.plan
-        return cbor2.dumps([plan.epoch, plan.author] if plan else [0, b""], canonical=True)
+        return encode([plan.epoch, plan.author] if plan else [0, b""])
 
     def missing(self, summary: bytes) -> tuple[bytes, bool]:
-        match cbor2.loads(summary) if len(summary) <= 128 else None:
+        match decode(summary, MAX_SUMMARY_BYTES):
             case [int(epoch), bytes(author)]:
                 newer = self.plan is not None and (self.plan.epoch, self.plan.author) > (epoch, author)
                 return (self._raw if newer else b""), False
@@ -67,7 +67,7 @@ class PlanBook:
     def _take(self, raw: bytes) -> bool:
         try:
             plan = _decode_signed(raw)
-        except (PlanError, cbor2.CBORDecodeError, ValueError, RecursionError):
+        except (PlanError, DecodeError):
             return False
         if not self._may_plan(plan.author) or not plan.supersedes(self.plan):
             return False
@@ -76,10 +76,8 @@ class PlanBook:
 
 
 def _decode_signed(raw: bytes) -> Plan:
-    """Raises PlanError unless the plan's author signed it."""
-    if len(raw) > MAX_SIGNED_PLAN_BYTES:
-        raise PlanError("the signed plan is too long")
-    match cbor2.loads(raw):
+    """Raises PlanError or DecodeError unless the plan's author signed it."""
+    match decode(raw, MAX_SIGNED_PLAN_BYTES):
         case [bytes(encoded), bytes(signature)]:
             plan = Plan.decode(encoded)
             if not verify(plan.author, PLAN_CONTEXT + encoded, signature):

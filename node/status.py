@@ -6,8 +6,9 @@ Knows the words and their limits; knows neither how adverts travel nor what plac
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-import cbor2
+from pod.canonical import decode, encode
 
 STATUS_VERSION = 1
 MAX_STATUS_BYTES = 64 * 1024
@@ -65,7 +66,7 @@ class NodeStatus:
             ]
             for s in self.shards
         ]
-        return cbor2.dumps(
+        return encode(
             [
                 STATUS_VERSION,
                 self.serving,
@@ -78,17 +79,14 @@ class NodeStatus:
                 shards,
                 list(self.models_available),
                 [[model, reason] for model, reason in self.problems],
-            ],
-            canonical=True,
+            ]
         )
 
     @classmethod
     def decode(cls, data: bytes) -> NodeStatus:
         """Raises StatusError for anything a node of this version would not have written."""
-        if len(data) > MAX_STATUS_BYTES:
-            raise StatusError(f"a status of {len(data)} bytes is over the limit")
         try:
-            fields = cbor2.loads(data)
+            fields = _items(decode(data, MAX_STATUS_BYTES))
             (
                 version,
                 serving,
@@ -114,7 +112,7 @@ class NodeStatus:
                 models_available=tuple(_model(item) for item in _items(models)),
                 problems=tuple((_model(model), _text(reason)) for model, reason in _items(problems)),
             )
-        except (cbor2.CBORDecodeError, ValueError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             raise StatusError(f"no status: {error}") from None
         if version != STATUS_VERSION or status.encode() != data:
             raise StatusError("a status of another version, or not in canonical form")
@@ -130,7 +128,7 @@ def _shard(
     return shard
 
 
-def _items(value: object) -> list[list[object]]:
+def _items(value: object) -> list[Any]:
     if not isinstance(value, list) or len(value) > MAX_NUM_SHARDS:
         raise ValueError("not a list within its limit")
     return value

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from enum import IntEnum
-from typing import Annotated, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import cbor2
 
 MAX_INT = 2**63 - 1
 MAX_DEPTH = 8
+# The library makes dates, patterns, big numbers and shared objects of these: time and memory for the asking.
+_BUILT_IN_TAGS = (*range(6), *range(21, 40), 52, 54, 100, *range(256, 262), 1004, 43000, 55799)
 
 Record = TypeVar("Record")
 _FIELD_TYPES: dict[type[object], tuple[tuple[str, object], ...]] = {}
@@ -41,11 +43,25 @@ def encode(value: object) -> bytes:
     return cbor2.dumps(value, canonical=True)
 
 
+def _refuse_tag(*_: object) -> NoReturn:
+    raise DecodeError("a tag has no place here")
+
+
+_NO_TAGS = dict.fromkeys(_BUILT_IN_TAGS, _refuse_tag)
+
+
 def decode(raw: bytes, max_bytes: int) -> object:
+    """Plain values only. Raises DecodeError unless `raw` is the one encoding of what it says."""
     if len(raw) > max_bytes:
         raise DecodeError(f"{len(raw)} bytes where at most {max_bytes} are allowed")
     try:
-        value: object = cbor2.loads(raw, max_depth=MAX_DEPTH, allow_indefinite=False)
+        value: object = cbor2.loads(
+            raw,
+            max_depth=MAX_DEPTH,
+            allow_indefinite=False,
+            semantic_decoders=_NO_TAGS,
+            tag_hook=_refuse_tag,
+        )
         canonical = encode(value)
     except (cbor2.CBORError, ValueError, TypeError, RecursionError, OverflowError, MemoryError) as error:
         raise DecodeError(f"not CBOR: {error}") from None

@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-import cbor2
-
 from node.models.errors import ModelError
+from pod.canonical import decode, encode
 
 VERSION = 1
 MAX_MANIFEST_BYTES = 1 << 20
@@ -90,7 +89,7 @@ class Manifest:
             12: self.num_kv_values_per_token_per_layer,
             13: list(self.eos_token_ids),
         }
-        return cbor2.dumps(fields, canonical=True)
+        return encode(fields)
 
     @staticmethod
     def decode(raw: bytes) -> Manifest:
@@ -98,8 +97,8 @@ class Manifest:
         if len(raw) > MAX_MANIFEST_BYTES:
             raise ModelError(f"the model manifest is longer than {MAX_MANIFEST_BYTES} bytes")
         try:
-            manifest = _from_fields(cbor2.loads(raw))
-        except (cbor2.CBORDecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            manifest = _from_fields(decode(raw, MAX_MANIFEST_BYTES))
+        except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"the model manifest is damaged ({type(error).__name__})") from error
         if manifest.encode() != raw:
             raise ModelError("the model manifest is not in canonical form")

@@ -6,10 +6,9 @@ limits first, then types, then the bytes must be exactly those that encoding giv
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 
-import cbor2
+from pod.canonical import DecodeError, decode, encode
 
 FORMAT_VERSION = 1
 ID_BYTES = 32
@@ -56,7 +55,7 @@ class Plan:
 
     def encode(self) -> bytes:
         rows = [[a.model, a.start_layer, a.end_layer, a.node] for a in self.assignments]
-        return cbor2.dumps([FORMAT_VERSION, self.epoch, self.author, rows], canonical=True)
+        return encode([FORMAT_VERSION, self.epoch, self.author, rows])
 
     @classmethod
     def decode(cls, raw: bytes) -> Plan:
@@ -70,14 +69,10 @@ class Plan:
 
 
 def _parse(raw: bytes) -> object:
-    stream = io.BytesIO(raw)
     try:
-        fields: object = cbor2.load(stream)
-    except (cbor2.CBORDecodeError, ValueError, OverflowError, RecursionError, TypeError) as error:
-        raise PlanError("the plan is not CBOR") from error
-    if stream.tell() != len(raw):
-        raise PlanError("bytes follow the plan")
-    return fields
+        return decode(raw, MAX_PLAN_BYTES)
+    except DecodeError as error:
+        raise PlanError(f"the plan is not canonical CBOR: {error}") from error
 
 
 def _plan_of(fields: object) -> Plan:

@@ -41,7 +41,7 @@ BAD = {
     "nothing": (b"", "not CBOR"),
     "no CBOR": (b"\xff\xff", "not CBOR"),
     "cut off": (PLAN.encode()[:-1], "not CBOR"),
-    "more behind": (PLAN.encode() + b"\x00", "bytes follow"),
+    "more behind": (PLAN.encode() + b"\x00", "canonical"),
     "not a list": (cbor2.dumps(1), "fields of a plan"),
     "a field more": (encode(1, 7, A, ROWS, 0), "fields of a plan"),
     "other version": (encode(2, 7, A, ROWS), "format 2 is unknown"),
