@@ -99,7 +99,7 @@ class Manifest:
         try:
             manifest = _from_fields(decode(raw, MAX_MANIFEST_BYTES))
         except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"the model manifest is damaged ({type(error).__name__})") from error
+            raise ModelError(f"the model manifest is damaged: {error}") from error
         if manifest.encode() != raw:
             raise ModelError("the model manifest is not in canonical form")
         return manifest
