@@ -6,6 +6,7 @@ files alone. Knows no models, no ledger and no HTTP.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
@@ -366,20 +367,27 @@ class Membership:
         if transport is not None:
             await transport.stop()
 
-    async def leave(self, timeout_s: float = 5.0) -> None:
-        """Removes this member from the pod and tells another node, for which it waits until one is live.
+    async def leave(self, timeout_s: float = 5.0) -> bool:
+        """Removes this member from the pod. Whether another node was there to be told, for which it waits.
 
-        Raises MembershipError when none is, or for the owner; then nothing has changed.
+        Raises MembershipError for the owner. Does nothing for who was removed already.
         """
         if self.role is Role.OWNER:
             raise MembershipError("the owner cannot leave the pod")
-        deadline_s = time.monotonic() + timeout_s
-        while not self.live():
-            if time.monotonic() > deadline_s:
-                raise MembershipError("no other node of the pod is reachable to be told; try again later")
-            await asyncio.sleep(0.05)
+        if self.role is None:
+            return True
+        told = await self._anybody_live(timeout_s)
         self.remove_member(self.member_id)
         await asyncio.sleep(FAREWELL_S)
+        return told
+
+    async def _anybody_live(self, timeout_s: float) -> bool:
+        heard = asyncio.Event()
+        self.on_peer(lambda _, __: heard.set())
+        if not self.live() and self._gossip is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(heard.wait(), timeout_s)
+        return bool(self.live())
 
     def _announce(self, transport: ControlTransport, announce: Sequence[str]) -> None:
         given = [with_peer(multiaddr_of(address), self.node_id) for address in announce]

@@ -44,7 +44,6 @@ PROTOCOL = TProtocol("/gpu-pod/control/1")
 NEGOTIATE_TIMEOUT_S = 5
 DIAL_TIMEOUT_S = 5.0
 MAX_NUM_CONNECTIONS = 2048
-MAX_NUM_LINKS_PER_PEER = 2
 # A joiner needs one request; its door closes behind it.
 JOINER_LINK_TIMEOUT_S = 30.0
 
@@ -101,7 +100,8 @@ class Host:
         tried = "; ".join(failures) or "no address known"
         raise (RefusedError if refused else ControlError)(f"cannot connect to {peer_id(peer)} ({tried})")
 
-    def newest_link(self, peer: bytes) -> Link | None:
+    def best_link(self, peer: bytes) -> Link | None:
+        """The one last heard on: that it is open says nothing about the other end."""
         links = self._links.get(peer)
         return links[-1] if links else None
 
@@ -140,7 +140,7 @@ class Host:
         except Exception as error:
             await _give_up(connection)
             raise _reason_of(error) from None
-        self._spawn(self._run_link, Link(peer, stream, self._events.on_frame))
+        self._spawn(self._run_link, Link(peer, stream, False, self._on_frame))
 
     async def _accept(self, stream: INetStream) -> None:
         """A stream a peer opened. Nothing may escape: an exception here would take the host down."""
@@ -149,15 +149,25 @@ class Host:
             communicator = MultiselectCommunicator(stream)
             await Multiselect({PROTOCOL: None}).negotiate(communicator, NEGOTIATE_TIMEOUT_S)
             if self._events.may_connect(peer):
-                await self._run_link(Link(peer, stream, self._events.on_frame))
+                await self._run_link(Link(peer, stream, True, self._on_frame))
         except Exception as error:
             log.debug("an incoming stream ended: %r", error)
 
+    def _on_frame(self, link: Link, frame: ControlFrame) -> None:
+        links = self._links.get(link.peer, [])
+        if link in links and links[-1] is not link:
+            links.remove(link)
+            links.append(link)
+        self._events.on_frame(link, frame)
+
     async def _run_link(self, link: Link) -> None:
         links = self._links.setdefault(link.peer, [])
+        # Two nodes that dial each other at once keep both links. A peer that dials again has lost its
+        # last one, even where this side cannot see that yet.
+        for replaced in [one for one in links if one.inbound == link.inbound]:
+            links.remove(replaced)
+            self._spawn(replaced.close)
         links.append(link)
-        if len(links) > MAX_NUM_LINKS_PER_PEER:
-            self._spawn(links.pop(0).close)
         self._events.on_links(link.peer, len(links))
         if not self._events.is_node(link.peer):
             self._spawn(_close_later, link)
@@ -203,7 +213,7 @@ def _swarm(key: KeyPair, gate: MembersOnlyNoise) -> Swarm:
         high_watermark=MAX_NUM_CONNECTIONS,
         min_connections=0,
         low_watermark=0,
-        max_connections_per_peer=MAX_NUM_LINKS_PER_PEER + 1,
+        max_connections_per_peer=4,
         auto_connect_interval=86_400.0,
     )
     swarm = Swarm(own_id, peerstore, upgrader, [TCP()], RetryConfig(max_retries=0), limits)

@@ -23,9 +23,10 @@ class Link:
     """`on_frame` is called for every frame that arrives until the link is closed."""
 
     def __init__(
-        self, peer: bytes, stream: INetStream, on_frame: Callable[[Link, ControlFrame], None]
+        self, peer: bytes, stream: INetStream, inbound: bool, on_frame: Callable[[Link, ControlFrame], None]
     ) -> None:
         self.peer = peer
+        self.inbound = inbound
         self.closed = False
         self._stream = stream
         self._on_frame = on_frame

@@ -182,7 +182,7 @@ class LibP2PControl:
 
     def _send(self, peer: bytes, frame: ControlFrame) -> None:
         def send(host: Host) -> None:
-            link = host.newest_link(peer)
+            link = host.best_link(peer)
             if link is None or not link.send(frame):
                 self._across(self._not_sent)(frame.number)
 

@@ -258,8 +258,9 @@ def test_who_may_not_remove_is_told_so(tmp_path: Path) -> None:
             olga.remove_member(bytes(32))
         with pytest.raises(MembershipError, match="owner cannot leave"):
             await olga.leave()
-        await mark.leave()
+        assert await mark.leave()
         await until(lambda: mark.member_id not in olga.roster.members)
+        assert await mark.leave()
 
     play(tmp_path, scenario, MemoryNetwork())
 

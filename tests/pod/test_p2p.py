@@ -205,7 +205,7 @@ def test_a_peer_that_sends_no_frames_is_cut_off_and_the_host_goes_on() -> None:
             assert thread is not None
 
             def spoil(host: Host) -> None:
-                link = host.newest_link(one.node_id)
+                link = host.best_link(one.node_id)
                 assert link is not None
                 link._outbox.send_nowait(struct.pack(">BBQI", 1, 0, 0, 2**32 - 1))
 
