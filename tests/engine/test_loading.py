@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from node.engine.device import choose_device, choose_dtype
 from node.engine.loader import load_shard
@@ -95,14 +96,24 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> ModelPackage:
     return build_package("smollm2-135m", "float32", models_dir, make_bundle=make_bundle_here)
 
 
+def dequantized_by_transformers(path: Path) -> PreTrainedModel:
+    """What `from_pretrained(gguf_file=...)` does for this architecture, without needing accelerate."""
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert set(missing) <= {"lm_head.weight"}
+    assert not unexpected
+    model.tie_weights()
+    return model
+
+
 def test_gguf_split_in_three_gives_the_tokens_of_transformers(smollm2: ModelPackage) -> None:
     tokenizer = ChatTokenizer(smollm2.directory, smollm2.manifest.eos_token_ids)
     prompts = [tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in QUESTIONS]
-    path = smollm2.weights[0]
-    reference = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True
-    )
-    sampling = Sampling(temperature=0, max_num_output_tokens=64, eos_token_ids=smollm2.manifest.eos_token_ids)
+    reference = dequantized_by_transformers(smollm2.weights[0])
+    eos_token_ids = smollm2.manifest.eos_token_ids
+    sampling = Sampling(temperature=0, max_num_output_tokens=64, eos_token_ids=eos_token_ids)
     with Ring(smollm2, (10, 20)) as ring:
         tokens = ring.generate(prompts, sampling)
     for prompt, ours in zip(prompts, tokens, strict=True):

@@ -1,7 +1,8 @@
-"""References, manifests, packages, bundles and the tokenizer: what is refused and why, and what stays equal."""
+"""References, manifests, packages, bundles and the tokenizer: what is refused, and what stays equal."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -147,10 +148,8 @@ def test_a_manifest_is_read_back_only_from_its_own_bytes() -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=300) | st.integers(0, 200).flatmap(lambda n: st.just(MANIFEST.encode()[:n])))
 def test_any_bytes_are_a_manifest_or_an_error(raw: bytes) -> None:
-    try:
+    with contextlib.suppress(ModelError):
         assert Manifest.decode(raw).encode() == raw
-    except ModelError:
-        pass
 
 
 def test_a_package_has_one_id_wherever_it_is_made(
