@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
 
 from openai import APIError, OpenAI
 from openai.types.chat import ChatCompletionMessageParam
@@ -15,7 +16,16 @@ from node.errors import UserError
 READ_TIMEOUT_S = 600.0
 
 
-def chat(model: str | None, message: str | None, as_json: bool) -> None:
+@dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """How to answer; `max_num_tokens` bounds one answer."""
+
+    temperature: float
+    max_num_tokens: int
+    as_json: bool
+
+
+def chat(model: str | None, message: str | None, options: ChatOptions) -> None:
     """One answer when `message` is given (or standard input is no terminal), else a conversation."""
     home = this_home()
     require_pod(home)
@@ -31,9 +41,9 @@ def chat(model: str | None, message: str | None, as_json: bool) -> None:
     if message is not None:
         if not message:
             raise UserError("there is no message to send")
-        _answer(client, name, [{"role": "user", "content": message}], as_json)
+        _answer(client, name, [{"role": "user", "content": message}], options)
         return
-    _converse(client, name, as_json)
+    _converse(client, name, options)
 
 
 def _first_model(client: OpenAI) -> str:
@@ -46,7 +56,7 @@ def _first_model(client: OpenAI) -> str:
     return names[0]
 
 
-def _converse(client: OpenAI, model: str, as_json: bool) -> None:
+def _converse(client: OpenAI, model: str, options: ChatOptions) -> None:
     show.err.print(f"{model}. An empty line or Ctrl-D ends the conversation.", style="dim")
     messages: list[ChatCompletionMessageParam] = []
     while True:
@@ -58,7 +68,7 @@ def _converse(client: OpenAI, model: str, as_json: bool) -> None:
             return
         messages.append({"role": "user", "content": line})
         try:
-            answer = _answer(client, model, messages, as_json)
+            answer = _answer(client, model, messages, options)
         except UserError as error:
             show.err.print(f"pod: {error}", markup=False)
             messages.pop()
@@ -66,30 +76,37 @@ def _converse(client: OpenAI, model: str, as_json: bool) -> None:
         messages.append({"role": "assistant", "content": answer})
 
 
-def _answer(client: OpenAI, model: str, messages: list[ChatCompletionMessageParam], as_json: bool) -> str:
+def _answer(
+    client: OpenAI, model: str, messages: list[ChatCompletionMessageParam], options: ChatOptions
+) -> str:
     """Stream one answer; returns its text."""
     began_s, text = time.monotonic(), ""
     num_prompt_tokens = num_output_tokens = 0
     try:
         with client.chat.completions.create(
-            model=model, messages=messages, stream=True, stream_options={"include_usage": True}
+            model=model,
+            messages=messages,
+            stream=True,
+            stream_options={"include_usage": True},
+            temperature=options.temperature,
+            max_tokens=options.max_num_tokens,
         ) as stream:
             for chunk in stream:
                 for choice in chunk.choices:
                     piece = choice.delta.content or ""
                     text += piece
-                    if not as_json:
+                    if not options.as_json:
                         print(piece, end="", flush=True)
                 if chunk.usage is not None:
                     num_prompt_tokens = chunk.usage.prompt_tokens
                     num_output_tokens = chunk.usage.completion_tokens
             route = stream.response.headers.get("x-pod-route", "")
     except APIError as error:
-        if text and not as_json:
+        if text and not options.as_json:
             print()
         raise UserError(_reason(error)) from None
     seconds = time.monotonic() - began_s
-    if as_json:
+    if options.as_json:
         usage = {"num_prompt_tokens": num_prompt_tokens, "num_output_tokens": num_output_tokens}
         show.print_json({"model": model, "text": text, "route": route, "seconds": round(seconds, 3), **usage})
         return text

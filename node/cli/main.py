@@ -223,12 +223,17 @@ def chat(
         str | None,
         typer.Option("--message", "-m", help="Ask this once and exit; else read lines from the terminal."),
     ] = None,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0, max=2, help="0 always takes the likeliest token.")
+    ] = 0.7,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of one answer.")] = 1024,
     as_json: AsJson = False,
 ) -> None:
     """Talk to a model; the answer streams into the terminal."""
+    from node.cli.chat import ChatOptions
     from node.cli.chat import chat as run_chat
 
-    run_chat(model, message, as_json)
+    run_chat(model, message, ChatOptions(temperature, max_tokens, as_json))
 
 
 @app.command()

@@ -139,7 +139,17 @@ def test_a_revoked_key_stops_working_at_every_node(pod: LocalPod) -> None:
 def test_pod_chat_answers_in_the_terminal(pod: LocalPod) -> None:
     node = pod.nodes[2]
     done = subprocess.run(
-        [sys.executable, "-m", "node", "chat", MODEL, "--message", "What is the capital of France?"],
+        [
+            sys.executable,
+            "-m",
+            "node",
+            "chat",
+            MODEL,
+            "--message",
+            "What is the capital of France?",
+            "--temperature",
+            "0",
+        ],
         env=node.environment(),
         capture_output=True,
         text=True,
