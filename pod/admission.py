@@ -41,7 +41,11 @@ _WHY_NOT_OPEN = {
 
 
 class JoinError(Exception):
-    """Why joining failed; one line for people."""
+    """Why joining failed; one line for people. `undecided`: it was asked for and the answer was lost."""
+
+    def __init__(self, message: str, undecided: bool = False) -> None:
+        super().__init__(message)
+        self.undecided = undecided
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +137,7 @@ async def join(
     """
     draft = application(invite.pod, invite.key, member, member_name, node, node_name)
     failures: list[str] = []
+    undecided = False
     for peer, addresses in _by_node(invite.addresses).items():
         transport.set_allowed(frozenset({peer}), frozenset())
         try:
@@ -149,7 +154,9 @@ async def join(
             raise JoinError(str(error)) from None
         except ControlError as error:
             failures.append(str(error))
-    raise JoinError(f"no node of the pod {invite.pod_name!r} could be reached: {' | '.join(failures)}")
+            undecided = True
+    tried = " | ".join(failures)
+    raise JoinError(f"no node of the pod {invite.pod_name!r} could be reached: {tried}", undecided)
 
 
 async def _ask(

@@ -139,7 +139,7 @@ class Membership:
     ) -> Membership:
         """Redeems an invite. Raises InviteError or JoinError with the reason; then nothing has changed.
 
-        The keys are on disk before the request: if this process dies after it was admitted, joining again
+        The keys are on disk before the request: if the answer is lost or this process dies, joining again
         with the same invite is the same member.
         """
         _refuse_member(directory)
@@ -153,6 +153,8 @@ class Membership:
             await transport.start()
             admitted = await admission.join(transport, invite, member, member_name, node, node_name)
         except (admission.JoinError, ControlError) as error:
+            if isinstance(error, admission.JoinError) and error.undecided:
+                raise
             shutil.rmtree(drafts)
             if clock_ms() > invite.expires_ms:
                 raise InviteError("the invite has expired; ask for a new one") from None
