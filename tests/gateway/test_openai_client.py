@@ -12,7 +12,7 @@ from openai import AsyncOpenAI, OpenAI
 
 from node.gateway.backend import GeneratedToken
 from node.links.frames import FinishReason
-from tests.gateway.conftest import RunningGateway
+from tests.gateway.conftest import RunningGateway, wait_until
 from tests.gateway.fake_backend import (
     CONTEXT_TOKENS,
     EOS,
@@ -251,7 +251,8 @@ def test_an_error_inside_a_stream_is_raised_by_the_client(client: OpenAI, gatewa
         heard.extend(chunk.choices[0].delta.content for chunk in stream)
     assert "".join(heard) == "Hel"
     assert caught.value.code == "generation_failed"
-    assert gateway.backend.generations[0].settlements == [3]
+    # The client is told first: settling with a dead stage may take a while.
+    wait_until("settled", lambda: gateway.backend.generations[0].settlements == [3])
 
 
 @pytest.mark.parametrize("stream", [False, True])
