@@ -243,7 +243,8 @@ class EngineProcess:
 def main(descriptor: int) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s engine %(levelname)s %(message)s")
     # Ctrl-C in a terminal reaches the whole group; the node process decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     _die_with_parent()
     pipe = Pipe(socket.socket(fileno=descriptor))
     config = pipe.read()
