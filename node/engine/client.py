@@ -170,6 +170,8 @@ class EngineClient:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        # A restart that was under way has left a process of its own.
+        await self._end_process()
 
     # The process.
 
