@@ -63,6 +63,8 @@ class Catalogue:
         self._names: dict[str, bytes] = {}
         self._tokenizers: dict[bytes, ChatTokenizer] = {}
         self._retry_at_s: dict[bytes, float] = {}
+        # Whether every deployed model's files were looked for at least once.
+        self.has_looked = False
 
     def find(self, name: str) -> Entry | None:
         model = self._names.get(name)
@@ -120,7 +122,8 @@ class Catalogue:
                 self._entries[entry.deployed.id] = found
                 changed = True
             self._retry_at_s[entry.deployed.id] = asyncio.get_running_loop().time() + RETRY_S
-        return changed
+        is_first, self.has_looked = not self.has_looked, True
+        return changed or is_first
 
     async def _find_files(self, entry: Entry) -> Entry:
         problem, weights, has_bundle = "", entry.weights, entry.has_bundle

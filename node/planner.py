@@ -1,12 +1,13 @@
 """When to plan anew, and who does it: the live serving node with the smallest id, for as long as it is that.
 
-The plan itself is `placement.plan`; how it spreads is the plan book's. A node that went away counts as there
-for a while, so that a restart moves nothing.
+The plan itself is `placement.plan`; how it spreads is the plan book's. A node that went away, or that is just
+starting, is waited for a while: a restart takes seconds, and moving layers costs more than that.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -17,8 +18,7 @@ from node.pod_state import PodState
 
 log = logging.getLogger(__name__)
 
-# A restart takes seconds; moving layers costs more than waiting for it.
-GRACE_S = 15.0
+PATIENCE_S = 20.0
 SETTLE_S = 0.3
 CHECK_EVERY_S = 2.0
 
@@ -26,45 +26,63 @@ CHECK_EVERY_S = 2.0
 class Planner:
     """`run` until cancelled; `wake` when something changed."""
 
-    def __init__(self, node: bytes, state: PodState, book: PlanBook, sign: Callable[[bytes], bytes]) -> None:
+    def __init__(
+        self,
+        node: bytes,
+        state: PodState,
+        book: PlanBook,
+        sign: Callable[[bytes], bytes],
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._node = node
         self._state = state
         self._book = book
         self._sign = sign
+        self._clock_s = clock_s
         self._changed = asyncio.Event()
-        self._last_live_s: dict[bytes, float] = {}
-        self._began_s = time.monotonic()
+        self._awaited_since_s: dict[bytes, float] = {}
 
     def wake(self) -> None:
         self._changed.set()
 
     async def run(self) -> None:
         while True:
-            try:
-                await asyncio.wait_for(self._changed.wait(), CHECK_EVERY_S)
+            with contextlib.suppress(TimeoutError):
+                # Nothing but patience running out changes by itself.
+                timeout_s = CHECK_EVERY_S if self._awaited_since_s else None
+                await asyncio.wait_for(self._changed.wait(), timeout_s)
                 # Changes come in bursts: one plan for all of them.
                 await asyncio.sleep(SETTLE_S)
-            except TimeoutError:
-                pass
             self._changed.clear()
-            self._consider(time.monotonic())
+            self.consider()
 
-    def _consider(self, now_s: float) -> None:
+    def consider(self) -> bool:
+        """Plan if it is this node's turn and nobody is waited for. Returns whether there is a new plan."""
+        is_waiting = self._is_waiting()
         live = self._state.live()
-        for node in live:
-            self._last_live_s[node] = now_s
         serving = [node for node, status in self._state.statuses().items() if status.serving and node in live]
-        if not serving or min(serving) != self._node or self._has_just_begun(now_s):
-            return
-        expected = frozenset(n for n, seen_s in self._last_live_s.items() if now_s - seen_s < GRACE_S)
-        view = self._state.view(live | expected)
-        planned = plan(view, self._book.plan, self._node)
-        if planned is not None and self._book.publish(planned, self._sign):
-            log.info("plan %d: %d assignments", planned.epoch, len(planned.assignments))
-
-    def _has_just_begun(self, now_s: float) -> bool:
-        """After a start, nodes of the known plan get time to be heard before anything is moved off them."""
-        if now_s - self._began_s > GRACE_S or self._book.plan is None:
+        if is_waiting or not serving or min(serving) != self._node:
             return False
-        planned = {assignment.node for assignment in self._book.plan.assignments}
-        return not planned & self._state.roster.nodes.keys() <= self._state.live()
+        planned = plan(self._state.view(), self._book.plan, self._node)
+        if planned is None or not self._book.publish(planned, self._sign):
+            return False
+        log.info("plan %d: %d assignments", planned.epoch, len(planned.assignments))
+        return True
+
+    def _is_waiting(self) -> bool:
+        """Whether some node may be back, or ready, any moment; each is waited for `PATIENCE_S` at most."""
+        now_s = self._clock_s()
+        awaited = self._awaited()
+        self._awaited_since_s = {node: self._awaited_since_s.get(node, now_s) for node in awaited}
+        return any(now_s - since_s < PATIENCE_S for since_s in self._awaited_since_s.values())
+
+    def _awaited(self) -> set[bytes]:
+        """Live nodes that are starting, and nodes of the plan that are away or not able to serve yet."""
+        live, statuses = self._state.live(), self._state.statuses()
+        starting = {node for node, status in statuses.items() if node in live and status.starting}
+        assignments = self._book.plan.assignments if self._book.plan is not None else ()
+        planned = {a.node for a in assignments} & self._state.roster.nodes.keys()
+        away = {
+            node for node in planned if node not in live or node not in statuses or not statuses[node].serving
+        }
+        return starting | away

@@ -337,6 +337,7 @@ class NodeRuntime:
             problems += self._serving.problems()
         return NodeStatus(
             serving=ready is not None,
+            starting=self._settings.serve and (ready is None or not self._catalogue.has_looked),
             device=ready.device if ready else "",
             memory_bytes=ready.memory_bytes if ready else 0,
             bytes_per_second=ready.bytes_per_second if ready else 0,

@@ -38,9 +38,13 @@ class ShardStatus:
 
 @dataclass(frozen=True, slots=True)
 class NodeStatus:
-    """`data_address` and `api_url` are what other machines dial; empty when this node serves nothing."""
+    """`data_address` and `api_url` are what other machines dial; empty when this node serves nothing.
+
+    `starting`: it means to serve, but its engine or its look at the model files is not ready yet.
+    """
 
     serving: bool
+    starting: bool
     device: str
     memory_bytes: int
     bytes_per_second: int
@@ -70,6 +74,7 @@ class NodeStatus:
             [
                 STATUS_VERSION,
                 self.serving,
+                self.starting,
                 self.device,
                 self.memory_bytes,
                 self.bytes_per_second,
@@ -102,6 +107,7 @@ class NodeStatus:
             ) = fields
             status = cls(
                 serving=_boolean(serving),
+                starting=_boolean(starting),
                 device=_text(device),
                 memory_bytes=_count(memory),
                 bytes_per_second=_count(speed),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from typing import Annotated, Any
 
@@ -121,7 +120,13 @@ def invite(
 
 @app.command()
 def join(
-    invite: Annotated[str, typer.Argument(help="What `pod invite` printed.")],
+    invite: Annotated[
+        str,
+        typer.Argument(
+            envvar="POD_INVITE",
+            help="What `pod invite` printed; the variable keeps it out of the process list.",
+        ),
+    ],
     member: MemberName = None,
     no_serve: NoServe = False,
     node_name: NodeName = None,
@@ -274,7 +279,6 @@ def _login_name() -> str:
 
 def run() -> None:
     """Entry point: an error a user can act on is one line on stderr (an object with --json), exit 1."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()
@@ -282,6 +286,10 @@ def run() -> None:
         if "--json" in sys.argv:
             show.print_json({"error": {"message": str(error)}})
         print(f"pod: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        # Whoever read our output (`pod ledger | head`) has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -12,9 +12,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 from node.models.errors import ModelError
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
@@ -80,6 +77,10 @@ def _resolve_alias(name: str) -> ModelFiles:
 
 
 def _resolve_hub(name: str, hub_id: str) -> ModelFiles:
+    # Half a second to load, and most nodes never ask the hub.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         directory = snapshot_download(hub_id, allow_patterns=HUB_PATTERNS, local_files_only=True)
         return _resolve_directory(name, Path(directory))

@@ -30,6 +30,7 @@ def shards(draw: st.DrawFn) -> ShardStatus:
 statuses = st.builds(
     NodeStatus,
     serving=st.booleans(),
+    starting=st.booleans(),
     device=texts,
     memory_bytes=counts,
     bytes_per_second=counts,
@@ -64,21 +65,22 @@ def _fields(status: NodeStatus) -> list[object]:
     [
         (0, 99),
         (1, 1),
-        (2, b"cpu"),
-        (2, "x" * 300),
-        (3, -1),
-        (3, True),
-        (3, 1.5),
-        (8, [[b"short", 0, 1, 0, 0, 0]]),
-        (8, [[bytes(32), 5, 5, 0, 0, 0]]),
-        (8, [[bytes(32), 0, 1, 1001, 0, 0]]),
-        (8, [[bytes(32), 0, 1, 0, 0, 0]] * (MAX_NUM_SHARDS + 1)),
-        (9, [b"short"]),
-        (10, [[bytes(32)]]),
+        (2, 1),
+        (3, b"cpu"),
+        (3, "x" * 300),
+        (4, -1),
+        (4, True),
+        (4, 1.5),
+        (9, [[b"short", 0, 1, 0, 0, 0]]),
+        (9, [[bytes(32), 5, 5, 0, 0, 0]]),
+        (9, [[bytes(32), 0, 1, 1001, 0, 0]]),
+        (9, [[bytes(32), 0, 1, 0, 0, 0]] * (MAX_NUM_SHARDS + 1)),
+        (10, [b"short"]),
+        (11, [[bytes(32)]]),
     ],
 )
 def test_a_wrong_field_is_refused(index: int, value: object) -> None:
-    fields = _fields(NodeStatus(True, "cpu", 1, 1, "a:1", "", "0"))
+    fields = _fields(NodeStatus(True, False, "cpu", 1, 1, "a:1", "", "0"))
     fields[index] = value
     with pytest.raises(StatusError):
         NodeStatus.decode(cbor2.dumps(fields, canonical=True))
