@@ -92,19 +92,8 @@ class NodeStatus:
         """Raises StatusError for anything a node of this version would not have written."""
         try:
             fields = _items(decode(data, MAX_STATUS_BYTES))
-            (
-                version,
-                serving,
-                device,
-                memory,
-                speed,
-                data_address,
-                api_url,
-                software,
-                shards,
-                models,
-                problems,
-            ) = fields
+            version, serving, starting, device, memory, speed, *rest = fields
+            data_address, api_url, software, shards, models, problems = rest
             status = cls(
                 serving=_boolean(serving),
                 starting=_boolean(starting),
