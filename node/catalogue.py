@@ -63,8 +63,11 @@ class Catalogue:
         self._names: dict[str, bytes] = {}
         self._tokenizers: dict[bytes, ChatTokenizer] = {}
         self._retry_at_s: dict[bytes, float] = {}
-        # Whether every deployed model's files were looked for at least once.
-        self.has_looked = False
+
+    @property
+    def has_looked(self) -> bool:
+        """Whether every deployed model's files were looked for at least once."""
+        return self._entries.keys() <= self._retry_at_s.keys()
 
     def find(self, name: str) -> Entry | None:
         model = self._names.get(name)
@@ -111,7 +114,7 @@ class Catalogue:
 
     async def look_for_files(self) -> bool:
         """One pass over what is missing: bundles, then weights. Returns whether anything changed."""
-        changed = False
+        changed, had_looked = False, self.has_looked
         now_s = asyncio.get_running_loop().time()
         for entry in self.entries():
             is_complete = entry.has_bundle and (entry.weights is not None or not self._serving)
@@ -122,8 +125,7 @@ class Catalogue:
                 self._entries[entry.deployed.id] = found
                 changed = True
             self._retry_at_s[entry.deployed.id] = asyncio.get_running_loop().time() + RETRY_S
-        is_first, self.has_looked = not self.has_looked, True
-        return changed or is_first
+        return changed or self.has_looked != had_looked
 
     async def _find_files(self, entry: Entry) -> Entry:
         problem, weights, has_bundle = "", entry.weights, entry.has_bundle
