@@ -10,6 +10,7 @@ setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "gpu-pod needs Python 3.11 or newer; say: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@sh .ci/install-build-tools.sh $(PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	@# torch first and pinned: an unpinned request from another package may pull a different build.
 	$(PIP) install --quiet --constraint constraints.txt torch

@@ -194,7 +194,7 @@ class NodeRuntime:
         """Take the API port, and see that the data port is free, before anything else begins."""
         try:
             if self._settings.serve:
-                bind(*split_address(self._settings.data_address, "--data")).close()
+                bind(*split_address(self._settings.data_address, "--data"), "--data").close()
             return bind(*split_address(self._settings.api_address, "--api"))
         except ListenError as error:
             raise UserError(str(error)) from None

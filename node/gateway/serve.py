@@ -23,8 +23,8 @@ class ListenError(Exception):
     """The address cannot be listened on. `str(error)` is one line that says what to do."""
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 picks a free one. Raises `ListenError`."""
+def bind(host: str, port: int, option: str = "--api") -> socket.socket:
+    """A listening socket; port 0 picks a free one. Raises `ListenError`, naming the option to change."""
     if not 0 <= port <= 65_535:
         raise ListenError(f"{port} is not a port; ports go from 0 to 65535")
     try:
@@ -39,14 +39,16 @@ def bind(host: str, port: int) -> socket.socket:
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        raise ListenError(_reason(host, port, error)) from None
+        raise ListenError(_reason(host, port, option, error)) from None
     return listener
 
 
-def _reason(host: str, port: int, error: OSError) -> str:
+def _reason(host: str, port: int, option: str, error: OSError) -> str:
     match error.errno:
         case errno.EADDRINUSE:
-            return f"port {port} on {host} is taken by another program; choose another with --api {host}:PORT"
+            return (
+                f"port {port} on {host} is taken by another program; choose another with {option} {host}:PORT"
+            )
         case errno.EACCES:
             return f"no permission to listen on {host}:{port}; ports below 1024 need root"
         case errno.EADDRNOTAVAIL:

@@ -5,6 +5,7 @@ connection can carry nothing but control frames. Knows no requests and no roster
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -265,4 +266,6 @@ def _refuse_taken_port(address: Multiaddr) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ControlError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+            is_taken = error.errno == errno.EADDRINUSE
+            reason = "the port is taken by another program" if is_taken else error.strerror
+            raise ControlError(f"cannot listen on {host} port {port}: {reason} (--listen)") from None

