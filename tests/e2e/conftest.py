@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import pytest
 from openai import OpenAI
 
 from node.local_pod import LocalNode
+from node.models.package import build_package
 
 MODEL = "smollm2-135m"
 READY_TIMEOUT_S = 120.0
@@ -52,18 +54,32 @@ class LocalPod:
         wait_until(f"{MODEL} ready at node {index}", is_ready, READY_TIMEOUT_S, 0.3)
 
 
+@pytest.fixture(scope="session")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model's package, made once: describing a GGUF file takes seconds."""
+    directory = tmp_path_factory.mktemp("packages") / "models"
+    build_package(MODEL, "auto", directory)
+    return directory
+
+
 def start_pod(
-    directory: Path, members: tuple[str, ...] = ("ada", "ben", "cleo"), model: str | None = MODEL
+    directory: Path,
+    packages: Path,
+    members: tuple[str, ...] = ("ada", "ben", "cleo"),
+    model: str | None = MODEL,
 ) -> LocalPod:
     nodes = []
     for member in members:
         (directory / member).mkdir(mode=0o700)
+        shutil.copytree(packages, directory / member / "models")
         nodes.append(LocalNode(member, directory / member))
-    nodes[0].pod("create", "testpod", "--member", members[0])
+    nodes[0].pod("create", "testpod", "--member", members[0], "--node-name", members[0])
     nodes[0].start("up")
     nodes[0].wait_until_up()
+    invite = nodes[0].pod("invite", "--uses", str(len(nodes)))["invite"]
     for node in nodes[1:]:
-        node.start("join", nodes[0].pod("invite")["invite"], "--member", node.member)
+        node.start("join", invite, "--member", node.member, "--node-name", node.member)
+    for node in nodes[1:]:
         node.wait_until_up()
     if model is not None:
         nodes[0].pod("model", "add", model, "--split", str(len(members)))
@@ -80,16 +96,16 @@ def stop_pod(pod: LocalPod) -> None:
 
 
 @pytest.fixture(scope="session")
-def pod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalPod]:
+def pod(tmp_path_factory: pytest.TempPathFactory, packages: Path) -> Iterator[LocalPod]:
     """One pod for all tests that leave it whole."""
-    started = start_pod(tmp_path_factory.mktemp("pod"))
+    started = start_pod(tmp_path_factory.mktemp("pod"), packages)
     yield started
     stop_pod(started)
 
 
 @pytest.fixture
-def own_pod(tmp_path: Path) -> Iterator[LocalPod]:
+def own_pod(tmp_path: Path, packages: Path) -> Iterator[LocalPod]:
     """A pod for a test that kills or removes nodes."""
-    started = start_pod(tmp_path)
+    started = start_pod(tmp_path, packages)
     yield started
     stop_pod(started)
