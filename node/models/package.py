@@ -56,29 +56,28 @@ def build_package(
     weights = Weights(files.weights)
     try:
         models_dir.mkdir(parents=True, exist_ok=True)
-        digests = _digests(files.weights, models_dir, progress)
-        known = _installed(files, digests, dtype, models_dir)
+        known = _installed(files, dtype, models_dir, progress)
         if known is not None:
             return ModelPackage(known, package_dir(known.model_id, models_dir), files.weights)
         with tempfile.TemporaryDirectory(dir=models_dir, prefix="new-") as scratch:
             bundle_dir = Path(scratch)
             facts = make_bundle(files.source, bundle_dir)
+            digests = _digests(files.weights, models_dir, progress)
             manifest = _describe(files, weights, facts, dtype, digests, bundle_dir)
             return ModelPackage(manifest, _install(manifest, bundle_dir, models_dir), files.weights)
     finally:
         weights.close()
 
 
-def _installed(
-    files: ModelFiles, digests: tuple[FileDigest, ...], dtype: str, models_dir: Path
-) -> Manifest | None:
+def _installed(files: ModelFiles, dtype: str, models_dir: Path, progress: Progress | None) -> Manifest | None:
     """A package made of the same GGUF file: all its facts are in that file, so it need not be made again."""
     for path in models_dir.glob(f"*/{MANIFEST_FILE}") if files.is_gguf else ():
         try:
             manifest = load_package(bytes.fromhex(path.parent.name), models_dir)
         except (ModelError, ValueError):
             continue
-        if (manifest.weights, manifest.dtype, manifest.name) == (digests, dtype, files.name):
+        is_alike = (manifest.name, manifest.dtype) == (files.name, dtype)
+        if is_alike and manifest.weights == _digests(files.weights, models_dir, progress):
             return manifest
     return None
 
