@@ -55,7 +55,7 @@ def load_shard(
 def _fill(shard: Shard, weights: Weights, progress: Progress) -> None:
     shapes = dict(shard.parameter_shapes())
     stored_as = {name: _stored_name(name, weights) for name in shapes}
-    total_bytes = sum(weights.place(name).size_bytes for name in set(stored_as.values()))
+    total_bytes = sum(weights.place(name).size_bytes for name in sorted(set(stored_as.values())))
     done_bytes = 0
     loaded: dict[str, Tensor] = {}
     for name, shape in shapes.items():
