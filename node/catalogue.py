@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from node.models.errors import ModelError
 from node.models.manifest import Manifest
 from node.models.package import (
     MANIFEST_FILE,
+    MAX_BUNDLE_FILE_BYTES,
     build_package,
     ensure_weights,
     package_dir,
@@ -31,6 +32,7 @@ BUNDLE_KIND = "bundle"
 PIECE_BYTES = 128 * 1024
 MAX_QUESTION_BYTES = 1024
 REQUEST_TIMEOUT_S = 10.0
+BUNDLE_TIMEOUT_S = 120.0
 RETRY_S = 15.0
 MAX_NUM_TOKENIZERS = 16
 
@@ -100,7 +102,7 @@ class Catalogue:
         for deployed in models.values():
             known = self._entries.get(deployed.id)
             if known is not None:
-                entries[deployed.id] = known
+                entries[deployed.id] = replace(known, deployed=deployed)
                 continue
             try:
                 manifest = Manifest.decode(deployed.manifest)
@@ -109,6 +111,8 @@ class Catalogue:
                 continue
             if manifest.model_id == deployed.id:
                 entries[deployed.id] = Entry(deployed, manifest)
+        for gone in self._retry_at_s.keys() - entries.keys():
+            del self._retry_at_s[gone]
         self._entries = entries
         self._names = {deployed.name: deployed.id for deployed in models.values() if deployed.id in entries}
 
@@ -135,7 +139,7 @@ class Catalogue:
             reference, manifest = entry.deployed.reference, entry.manifest
             try:
                 weights = await asyncio.to_thread(ensure_weights, manifest, reference, self._models_dir)
-            except ModelError as error:
+            except (ModelError, OSError) as error:
                 problem = str(error)
                 if entry.problem != problem:
                     log.warning("model %s is not served from here: %s", entry.deployed.name, error)
@@ -147,10 +151,11 @@ class Catalogue:
             return True, ""
         for peer in self._peers():
             try:
-                contents = {
-                    file.name: await self._fetch(peer, model, file.name, file.size_bytes)
-                    for file in entry.manifest.bundle
-                }
+                async with asyncio.timeout(BUNDLE_TIMEOUT_S):
+                    contents = {
+                        file.name: await self._fetch(peer, model, file.name, file.size_bytes)
+                        for file in entry.manifest.bundle
+                    }
                 await asyncio.to_thread(write_bundle, entry.manifest, contents, self._models_dir)
             except Exception as error:
                 log.info("bundle of %s not from %s: %s", entry.deployed.name, peer.hex()[:8], error)
@@ -159,7 +164,7 @@ class Catalogue:
         try:
             reference, dtype = entry.deployed.reference, entry.manifest.dtype
             package = await asyncio.to_thread(build_package, reference, dtype, self._models_dir)
-        except ModelError as error:
+        except (ModelError, OSError) as error:
             return False, str(error)
         if package.manifest.model_id != model:
             return False, f"{entry.deployed.reference} is another model on this machine"
@@ -167,11 +172,13 @@ class Catalogue:
 
     async def _fetch(self, peer: bytes, model: bytes, name: str, size_bytes: int) -> bytes:
         """One bundle file in pieces; the digest is checked when it is written."""
+        if size_bytes > MAX_BUNDLE_FILE_BYTES:
+            raise ModelError(f"{name} is larger than {MAX_BUNDLE_FILE_BYTES} bytes")
         raw = bytearray()
         while len(raw) < size_bytes:
             question = encode([model, name, len(raw)])
             piece = await self._ask(peer, BUNDLE_KIND, question, REQUEST_TIMEOUT_S)
-            if not piece or len(raw) + len(piece) > size_bytes:
+            if len(piece) != min(PIECE_BYTES, size_bytes - len(raw)):
                 raise ModelError(f"{name} ended at {len(raw)} of {size_bytes} bytes")
             raw += piece
         return bytes(raw)

@@ -16,6 +16,8 @@ from pod.identity import verify
 PLAN_CONTEXT = b"gpu-pod plan, v1\x00"
 MAX_SIGNED_PLAN_BYTES = MAX_PLAN_BYTES + 256
 MAX_SUMMARY_BYTES = 128
+# Nobody plans so often that an honest node falls further behind; one who could would end all planning.
+MAX_EPOCH_JUMP = 1_000_000
 
 
 class PlanBook:
@@ -30,7 +32,7 @@ class PlanBook:
         self._raw = b""
         self.plan: Plan | None = None
         if path.exists():
-            self._take(path.read_bytes())
+            self._restore(path.read_bytes())
 
     def publish(self, plan: Plan, sign: Callable[[bytes], bytes]) -> bool:
         """Sign this node's own plan and take it over. False when a newer one is already known."""
@@ -55,24 +57,34 @@ class PlanBook:
     async def ingest(self, peer: bytes, payload: bytes) -> int:
         return int(bool(payload) and self._adopt(payload))
 
-    def _adopt(self, raw: bytes) -> bool:
-        if not self._take(raw):
-            return False
-        temporary = self._path.with_suffix(".new")
-        temporary.write_bytes(raw)
-        temporary.replace(self._path)
-        self._on_change()
-        return True
+    def may_plan(self, node: bytes) -> bool:
+        return self._may_plan(node)
 
-    def _take(self, raw: bytes) -> bool:
+    def _adopt(self, raw: bytes) -> bool:
+        """Take a newer plan of somebody who may plan: on disk first, then in force."""
         try:
             plan = _decode_signed(raw)
         except (PlanError, DecodeError):
             return False
-        if not self._may_plan(plan.author) or not plan.supersedes(self.plan):
+        known_epoch = self.plan.epoch if self.plan is not None else plan.epoch
+        if not self._may_plan(plan.author) or plan.epoch - known_epoch > MAX_EPOCH_JUMP:
             return False
+        if not plan.supersedes(self.plan):
+            return False
+        temporary = self._path.with_suffix(".new")
+        temporary.write_bytes(raw)
+        temporary.replace(self._path)
         self._raw, self.plan = raw, plan
+        self._on_change()
         return True
+
+    def _restore(self, raw: bytes) -> None:
+        """What was in force before a restart is in force again, also when its author has left since."""
+        try:
+            self.plan = _decode_signed(raw)
+        except (PlanError, DecodeError):
+            return
+        self._raw = raw
 
 
 def _decode_signed(raw: bytes) -> Plan:
