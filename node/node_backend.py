@@ -100,18 +100,20 @@ class NodeBackend:
         return key is None or not key.expires_ms or self._clock_ms() <= key.expires_ms
 
     def models(self) -> Sequence[ModelCard]:
-        roster = self._state.roster
-        return [
-            ModelCard(
-                name=entry.deployed.name,
-                created_s=0,
-                owner=roster.name,
-                vocab_size=entry.manifest.vocab_size,
-                max_context_tokens=entry.manifest.max_context_tokens,
-                ready=self._state.route_of(entry.deployed.id) is not None,
-            )
-            for entry in self._catalogue.entries()
-        ]
+        return [self._card(entry) for entry in self._catalogue.entries()]
+
+    def _card(self, entry: Entry) -> ModelCard:
+        """The context a client is offered is what the model has and the route's KV room can hold."""
+        num_kv_tokens = self._state.num_kv_tokens(entry.deployed.id)
+        max_context_tokens = entry.manifest.max_context_tokens
+        return ModelCard(
+            name=entry.deployed.name,
+            created_s=0,
+            owner=self._state.roster.name,
+            vocab_size=entry.manifest.vocab_size,
+            max_context_tokens=min(max_context_tokens, num_kv_tokens or max_context_tokens),
+            ready=num_kv_tokens is not None,
+        )
 
     async def tokenizer(self, model: str) -> TextTokenizer:
         entry = self._entry(model)

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from node.placement.plan import plan
+from node.placement.plan import Plan, plan
 from node.plan_book import PlanBook
 from node.pod_state import PodState
 
@@ -41,6 +41,7 @@ class Planner:
         self._clock_s = clock_s
         self._changed = asyncio.Event()
         self._awaited_since_s: dict[bytes, float] = {}
+        self._waiting_since_s: float | None = None
 
     def wake(self) -> None:
         self._changed.set()
@@ -54,27 +55,45 @@ class Planner:
                 # Changes come in bursts: one plan for all of them.
                 await asyncio.sleep(SETTLE_S)
             self._changed.clear()
-            self.consider()
+            try:
+                await self.consider()
+            except OSError as error:
+                log.warning("a plan could not be stored: %s", error)
 
-    def consider(self) -> bool:
+    async def consider(self) -> bool:
         """Plan if it is this node's turn and nobody is waited for. Returns whether there is a new plan."""
-        is_waiting = self._is_waiting()
-        live = self._state.live()
-        serving = [node for node, status in self._state.statuses().items() if status.serving and node in live]
-        if is_waiting or not serving or min(serving) != self._node:
+        if self._is_waiting() or not self._is_my_turn():
             return False
-        planned = plan(self._state.view(), self._book.plan, self._node)
+        current, view = self._book.plan, self._state.view()
+        planned = await asyncio.to_thread(plan, view, current, self._node)
+        if planned is None and current is not None and not self._book.may_plan(current.author):
+            # Others refuse a plan whose author has left: the same plan again, in a name that counts.
+            planned = Plan(current.epoch + 1, self._node, current.assignments)
         if planned is None or not self._book.publish(planned, self._sign):
             return False
         log.info("plan %d: %d assignments", planned.epoch, len(planned.assignments))
         return True
 
+    def _is_my_turn(self) -> bool:
+        live, statuses = self._state.live(), self._state.statuses()
+        able = [n for n, s in statuses.items() if s.serving and n in live and self._book.may_plan(n)]
+        return bool(able) and min(able) == self._node
+
     def _is_waiting(self) -> bool:
-        """Whether some node may be back, or ready, any moment; each is waited for `PATIENCE_S` at most."""
+        """Whether some node may be back, or ready, any moment.
+
+        Each is waited for `PATIENCE_S` at most, and all of them together twice that: a node that restarts
+        again and again must not keep the others from planning.
+        """
         now_s = self._clock_s()
         awaited = self._awaited()
         self._awaited_since_s = {node: self._awaited_since_s.get(node, now_s) for node in awaited}
-        return any(now_s - since_s < PATIENCE_S for since_s in self._awaited_since_s.values())
+        is_waiting = any(now_s - since_s < PATIENCE_S for since_s in self._awaited_since_s.values())
+        if not is_waiting:
+            self._waiting_since_s = None
+            return False
+        self._waiting_since_s = now_s if self._waiting_since_s is None else self._waiting_since_s
+        return now_s - self._waiting_since_s < 2 * PATIENCE_S
 
     def _awaited(self) -> set[bytes]:
         """Live nodes that are starting, and nodes of the plan that are away or not able to serve yet."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from node.catalogue import Catalogue, Entry
 from node.gateway.backend import NoRoute as GatewayNoRoute
 from node.links.frames import Stage
-from node.placement.explain import explain
+from node.placement.explain import Explanation, explain
 from node.placement.route import NoRoute, route, route_text
 from node.placement.view import View
 from node.plan_book import PlanBook
@@ -49,7 +49,16 @@ class PodState:
         self._live = live
         self._catalogue = catalogue
         self._decoded: dict[bytes, tuple[bytes, NodeStatus]] = {}
+        self._view: View | None = None
+        self._explanation: Explanation | None = None
+        self._routes: dict[bytes, tuple[Stage, ...] | NoRoute] = {}
         self.plan_book: PlanBook | None = None
+
+    def changed(self) -> None:
+        """Roster, adverts, liveness, files or plan are others now: what was worked out from them is void."""
+        self._view = None
+        self._explanation = None
+        self._routes.clear()
 
     @property
     def roster(self) -> Roster:
@@ -74,35 +83,68 @@ class PodState:
             found[node] = known[1]
         return found
 
-    def view(self, live: frozenset[bytes] | None = None) -> View:
-        """What placement and routing decide on; `live` defaults to the nodes heard from lately."""
-        return build_view(
-            self.roster,
-            self.statuses(),
-            self.live() if live is None else live,
-            self._catalogue.entries(),
-        )
+    def view(self) -> View:
+        """What placement and routing decide on."""
+        if self._view is None:
+            self._view = self._build_view(self.live())
+        return self._view
+
+    def _build_view(self, live: frozenset[bytes]) -> View:
+        return build_view(self.roster, self.statuses(), live, self._catalogue.entries())
 
     def find_route(self, model: bytes, avoided: frozenset[bytes]) -> tuple[Stage, ...]:
         """The cheapest live route, this machine's own shards first. Raises the gateway's NoRoute."""
         try:
-            return route(self.view(self.live() - avoided), model, prefer_node=self._node)
+            if not avoided:
+                return self._route(model)
+            return route(self._build_view(self.live() - avoided), model, prefer_node=self._node)
         except NoRoute as error:
             raise GatewayNoRoute(error.reason) from None
 
+    def _route(self, model: bytes) -> tuple[Stage, ...]:
+        """Raises NoRoute."""
+        if model not in self._routes:
+            try:
+                self._routes[model] = route(self.view(), model, prefer_node=self._node)
+            except NoRoute as error:
+                self._routes[model] = error
+        found = self._routes[model]
+        if isinstance(found, NoRoute):
+            raise found
+        return found
+
     def route_of(self, model: bytes) -> tuple[Stage, ...] | None:
         try:
-            return route(self.view(), model, prefer_node=self._node)
+            return self._route(model)
         except NoRoute:
             return None
+
+    def num_kv_tokens(self, model: bytes) -> int | None:
+        """KV room of the route's smallest stage: the longest session it can ever take. None: no route."""
+        stages, statuses = self.route_of(model), self.statuses()
+        if stages is None:
+            return None
+        return min(
+            max(
+                (
+                    shard.num_kv_tokens
+                    for shard in statuses[stage.node].shards
+                    if shard.model == model
+                    and shard.start_layer <= stage.start_layer
+                    and stage.end_layer <= shard.end_layer
+                ),
+                default=0,
+            )
+            for stage in stages
+        )
 
     def route_text(self, stages: tuple[Stage, ...]) -> str:
         return route_text(stages, {node.id: node.name for node in self.roster.nodes.values()})
 
     def condition_of(self, entry: Entry) -> ModelCondition:
-        view, model = self.view(), entry.deployed.id
+        model = entry.deployed.id
         try:
-            return ModelCondition("ready", 1000, "", route(view, model, prefer_node=self._node))
+            return ModelCondition("ready", 1000, "", self._route(model))
         except NoRoute as error:
             reason = error.reason
         layers = [0] * entry.manifest.num_layers
@@ -113,12 +155,15 @@ class PodState:
                     for layer in range(shard.start_layer, min(shard.end_layer, len(layers))):
                         layers[layer] = max(layers[layer], shard.loaded_per_mille)
         state = "loading" if all(layers) else "not covered"
-        return ModelCondition(state, sum(layers) // len(layers), self._why_not(view, entry) or reason)
+        return ModelCondition(state, sum(layers) // len(layers), self._why_not(model) or reason)
 
-    def _why_not(self, view: View, entry: Entry) -> str:
-        plan = self.plan_book.plan if self.plan_book is not None else None
-        remarks = explain(view, plan).models
-        return next((remark.reason for remark in remarks if remark.model == entry.deployed.id), "")
+    def _explain(self) -> Explanation:
+        if self._explanation is None:
+            self._explanation = explain(self.view(), self.plan_book.plan if self.plan_book else None)
+        return self._explanation
+
+    def _why_not(self, model: bytes) -> str:
+        return next((remark.reason for remark in self._explain().models if remark.model == model), "")
 
     def note_of(self, node: bytes) -> str:
         """Why a node serves nothing, in a line; "" when there is nothing to say."""
@@ -129,6 +174,4 @@ class PodState:
             return "uses the pod without serving"
         if status.problems:
             return "; ".join(reason for _, reason in status.problems)
-        plan = self.plan_book.plan if self.plan_book is not None else None
-        remarks = explain(self.view(), plan).nodes
-        return "; ".join(remark.reason for remark in remarks if remark.node == node)
+        return "; ".join(remark.reason for remark in self._explain().nodes if remark.node == node)

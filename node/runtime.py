@@ -92,10 +92,12 @@ class NodeRuntime:
         settings = self._settings
         self._membership = open_membership(self._home)
         self._check_still_in_pod()
+        # Guests use the pod; they serve nothing.
+        self._serves = settings.serve and self._membership.role is not Role.GUEST
         self._ledger = open_ledger(self._home, self._membership)
         node = self._membership.node_id
         self._catalogue = Catalogue(
-            self._home.models_dir, settings.serve, self._membership.request, self._membership.live
+            self._home.models_dir, self._serves, self._membership.request, self._membership.live
         )
         self._state = PodState(
             node=node,
@@ -193,7 +195,7 @@ class NodeRuntime:
     def _bind_ports(self) -> Any:
         """Take the API port, and see that the data port is free, before anything else begins."""
         try:
-            if self._settings.serve:
+            if self._serves:
                 bind(*split_address(self._settings.data_address, "--data"), "--data").close()
             return bind(*split_address(self._settings.api_address, "--api"))
         except ListenError as error:
@@ -261,6 +263,7 @@ class NodeRuntime:
         self._wake()
 
     def _wake(self) -> None:
+        self._state.changed()
         self._planner.wake()
         if self._serving is not None:
             self._serving.wake()
@@ -277,6 +280,8 @@ class NodeRuntime:
                 self._claims.hold(receipt)
             case EngineExited(reason=reason):
                 log.warning("%s; it is being restarted", reason)
+                self._engine_ready = None
+                self._status_due.set()
                 if self._serving is not None:
                     self._serving.engine_exited()
             case EngineRestarted(ready=ready, shards=shards, failed=failed):
@@ -294,7 +299,7 @@ class NodeRuntime:
         self._spawn(self._planner.run())
         self._spawn(self._advertise())
         self._spawn(self._find_files())
-        if self._settings.serve:
+        if self._serves:
             self._spawn(self._serve())
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -331,13 +336,14 @@ class NodeRuntime:
         ready = self._engine_ready
         entries = self._catalogue.entries()
         problems = [(e.deployed.id, e.problem[:200]) for e in entries if e.problem]
+        failed = {model for model, _ in self._serving.problems()} if self._serving is not None else set()
         if self._engine_problem:
             problems.append((bytes(32), self._engine_problem[:200]))
         if self._serving is not None:
             problems += self._serving.problems()
         return NodeStatus(
             serving=ready is not None,
-            starting=self._settings.serve and (ready is None or not self._catalogue.has_looked),
+            starting=self._serves and (ready is None or not self._catalogue.has_looked),
             device=ready.device if ready else "",
             memory_bytes=ready.memory_bytes if ready else 0,
             bytes_per_second=ready.bytes_per_second if ready else 0,
@@ -345,7 +351,10 @@ class NodeRuntime:
             api_url=self._running.api_url if self._running else "",
             software=version("gpu-pod"),
             shards=self._serving.shards() if self._serving else (),
-            models_available=tuple(e.deployed.id for e in entries if e.weights is not None),
+            # A model that failed to load here is for others, if they can.
+            models_available=tuple(
+                e.deployed.id for e in entries if e.weights is not None and e.deployed.id not in failed
+            ),
             problems=tuple(problems),
         )
 

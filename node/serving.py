@@ -23,6 +23,8 @@ from node.status import ShardStatus
 log = logging.getLogger(__name__)
 
 RETRY_S = 10.0
+# How long others are preferred for a model that could not be loaded here.
+PROBLEM_S = 300.0
 CHECK_EVERY_S = 5.0
 # Requests that run over a shard the plan has moved away get this long to finish.
 DRAIN_S = 30.0
@@ -66,6 +68,7 @@ class Serving:
         self._loading: _Loading | None = None
         self._problems: dict[bytes, str] = {}
         self._retry_at_s: dict[Place, float] = {}
+        self._avoid_until_s: dict[bytes, float] = {}
         self._unwanted_since_s: dict[Place, float] = {}
         self._is_engine_up = True
 
@@ -116,11 +119,22 @@ class Serving:
     async def run(self) -> None:
         while True:
             self._changed.clear()
+            self._forget_old_problems()
             if self._is_engine_up:
                 await self._drop_unwanted()
             if not self._is_engine_up or not await self._load_next():
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), CHECK_EVERY_S)
+
+    def _forget_old_problems(self) -> None:
+        """What failed once may be tried again, by whichever node the plan chooses then."""
+        now_s = asyncio.get_running_loop().time()
+        wanted = {place[0] for place in self._wanted()}
+        for model in list(self._problems):
+            is_over = now_s >= self._avoid_until_s.get(model, 0.0)
+            if self._catalogue.get(model) is None or (model not in wanted and is_over):
+                del self._problems[model]
+                self._on_change()
 
     def _wanted(self) -> list[Place]:
         plan = self._book.plan
@@ -164,6 +178,7 @@ class Serving:
             log.warning("layers [%d,%d) of %s: %s", start_layer, end_layer, entry.deployed.name, error)
             self._problems[model] = str(error)[:200]
             self._retry_at_s[place] = asyncio.get_running_loop().time() + RETRY_S
+            self._avoid_until_s[model] = asyncio.get_running_loop().time() + PROBLEM_S
             await self._make_room(place)
         else:
             self._problems.pop(model, None)
