@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from openai import APIError, OpenAI
+from openai import APIError, DefaultHttpxClient, OpenAI
 
 from node.cli import show
 from node.cli.books import print_ledger
@@ -33,7 +33,7 @@ def run_demo(num_nodes: int, as_json: bool) -> None:
     """Run the whole line once; stays up on a terminal until Ctrl-C. Raises UserError when a step fails."""
     sink = show.err if as_json else show.out
     directory = Path(tempfile.mkdtemp(prefix="gpu-pod-demo-"))
-    with _stopped_at_end(directory) as nodes, contextlib.suppress(KeyboardInterrupt):
+    with _stopped_at_end(directory) as nodes:
         _form_pod(nodes, directory, num_nodes, sink)
         split = min(num_nodes, 30)
         nodes[0].pod("model", "add", MODEL, "--split", str(split))
@@ -53,7 +53,8 @@ def run_demo(num_nodes: int, as_json: bool) -> None:
             _show(result, verified)
         if sys.stdin.isatty() and sys.stdout.isatty():
             sink.print("\nThe pod stays up until Ctrl-C.")
-            signal.pause()
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.pause()
 
 
 @contextlib.contextmanager
@@ -63,11 +64,13 @@ def _stopped_at_end(directory: Path) -> Iterator[list[LocalNode]]:
     def stop_now(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, stop_now)
+    # A closed terminal window ends the demo's nodes as well.
+    previous = {number: signal.signal(number, stop_now) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield nodes
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         for node in nodes:
             if node.process is not None and node.process.poll() is None:
                 node.process.terminate()
@@ -115,7 +118,13 @@ def _wait_for_route(nodes: list[LocalNode], num_stages: int) -> None:
 
 def _ask(node: LocalNode, key: str, as_json: bool, sink: Any) -> dict[str, object]:
     sink.print(f"\nAsking [bold]{node.member}[/]'s node at {node.api_url}/v1: {QUESTION}\n")
-    client = OpenAI(base_url=f"{node.api_url}/v1", api_key=key, max_retries=0, timeout=60.0)
+    client = OpenAI(
+        base_url=f"{node.api_url}/v1",
+        api_key=key,
+        max_retries=0,
+        timeout=60.0,
+        http_client=DefaultHttpxClient(trust_env=False),
+    )
     text, first_token_s, num_output_tokens = "", 0.0, 0
     began_s = time.monotonic()
     echo: TextIO = sys.stderr if as_json else sys.stdout

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from node.errors import UserError
 
 HOME_VARIABLE = "POD_HOME"
+COMMAND_WAIT_S = 5.0
 _STAYS = frozenset({"lock", "models", "running.json"})
 
 
@@ -93,14 +94,19 @@ class PodHome:
         return target
 
     def acquire(self) -> None:
-        """Take the directory for this process; the lock goes with the process, also after kill -9."""
+        """Take the directory for this process; the lock goes with the process, also after kill -9.
+
+        Waits a little: another command may be using it right now.
+        """
         self.prepare()
         try:
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=0 if self.running_node() is not None else COMMAND_WAIT_S)
         except Timeout:
             raise UserError(
                 f"{self.path} is in use by a running node; stop it first or set another {HOME_VARIABLE}"
             ) from None
+        # Left by a node that was killed: its token is nobody's now.
+        self._running_file.unlink(missing_ok=True)
 
     def release(self) -> None:
         self._running_file.unlink(missing_ok=True)

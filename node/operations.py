@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
+from ledger.journal import JournalError
+from ledger.ledger import LedgerError
 from node.books_view import (
     AccountRow,
     account_rows,
@@ -18,14 +20,26 @@ from node.books_view import (
     session_route_text,
     sum_microcredits,
 )
+from node.catalogue import Entry
 from node.errors import UserError
-from node.models.manifest import DTYPES
+from node.models.manifest import DTYPES, Manifest
 from node.models.package import build_package
-from node.office import Office, wall_clock_ms
-from node.settings import split_address
+from node.office import Office, check_name, wall_clock_ms
+from node.settings import check_host, split_address
+from pod.address import AddressError
 from pod.api_key import bearer_text, delegate
-from pod.roster.events import InviteRevoked, KeyIssued, KeyRevoked, ModelDeployed, ModelRemoved, Role
-from pod.roster.roster import KeyRecord, Roster
+from pod.membership import MembershipError
+from pod.roster.apply import RosterError
+from pod.roster.events import (
+    EventError,
+    InviteRevoked,
+    KeyIssued,
+    KeyRevoked,
+    ModelDeployed,
+    ModelRemoved,
+    Role,
+)
+from pod.roster.roster import KeyRecord, Model, Roster
 
 Result = dict[str, object]
 Arguments = Mapping[str, object]
@@ -41,7 +55,10 @@ async def run_operation(office: Office, name: str, arguments: Arguments, tell: T
     operation = OPERATIONS.get(name)
     if operation is None:
         raise UserError(f"this node knows no operation {name!r}; is it another version?")
-    return await operation(office, arguments, tell)
+    try:
+        return await operation(office, arguments, tell)
+    except (MembershipError, EventError, RosterError, AddressError, LedgerError, JournalError) as error:
+        raise UserError(str(error)) from None
 
 
 # Reading
@@ -192,9 +209,12 @@ async def ledger_verify(office: Office, _arguments: Arguments, _tell: TellProgre
 async def invite(office: Office, arguments: Arguments, _tell: TellProgress) -> Result:
     role = _role(_text(arguments, "role"))
     _require_admin(office, "invite")
+    host = _optional_text(arguments, "advertise_host")
+    if host is not None:
+        check_host(host, "--advertise")
     addresses = office.invite_addresses(
         split_address(_text(arguments, "listen_address"), "--listen"),
-        _optional_text(arguments, "advertise_host"),
+        host,
     )
     made = office.membership.invite(
         role, _count(arguments, "uses"), _count(arguments, "expires_s"), addresses
@@ -255,6 +275,8 @@ async def member_remove(office: Office, arguments: Arguments, _tell: TellProgres
 async def model_add(office: Office, arguments: Arguments, tell: TellProgress) -> Result:
     ref, dtype = _text(arguments, "ref"), _text(arguments, "dtype")
     split, name = arguments.get("split"), _optional_text(arguments, "name")
+    if name is not None:
+        check_name(name, "--name")
     if dtype not in DTYPES:
         raise UserError(f"--dtype must be one of {', '.join(DTYPES)} (got {dtype!r})")
     _require_admin(office, "choose models")
@@ -276,6 +298,7 @@ async def model_add(office: Office, arguments: Arguments, tell: TellProgress) ->
         num_stages=split if isinstance(split, int) else 0,
         dtype=dtype,
     )
+    _check_deployable(office, deployed, manifest)
     office.membership.issue(deployed)
     return {
         "name": deployed.name,
@@ -284,6 +307,27 @@ async def model_add(office: Office, arguments: Arguments, tell: TellProgress) ->
         "num_parameters": manifest.stage_num_parameters(0, manifest.num_layers),
         "split": deployed.num_stages,
     }
+
+
+def _check_deployable(office: Office, deployed: ModelDeployed, manifest: Manifest) -> None:
+    """One name per model; and while nodes serve, it must fit what they have together."""
+    for known in office.membership.roster.models.values():
+        if known.id == deployed.model and known.name != deployed.name:
+            raise UserError(f"the pod serves this model already, as {known.name}")
+    model = Model(
+        deployed.name,
+        deployed.reference,
+        deployed.model,
+        deployed.manifest,
+        deployed.num_stages,
+        deployed.dtype,
+    )
+    num_missing_bytes = office.state.num_missing_bytes(Entry(model, manifest))
+    if num_missing_bytes:
+        raise UserError(
+            f"{deployed.name} is larger than the pod: the nodes that serve now lack "
+            f"{num_missing_bytes / 2**30:.2f} GiB of memory"
+        )
 
 
 async def model_remove(office: Office, arguments: Arguments, _tell: TellProgress) -> Result:
@@ -300,8 +344,7 @@ async def model_remove(office: Office, arguments: Arguments, _tell: TellProgress
 
 async def key_create(office: Office, arguments: Arguments, _tell: TellProgress) -> Result:
     name, expires_s = _text(arguments, "name"), arguments.get("expires_s")
-    if not 0 < len(name) <= 64:
-        raise UserError("--name must have 1 to 64 characters")
+    check_name(name, "--name")
     membership, now_ms = office.membership, wall_clock_ms()
     expires_ms = now_ms + expires_s * 1000 if isinstance(expires_s, int) else 0
     key, delegation = delegate(
@@ -361,6 +404,8 @@ async def key_revoke(office: Office, arguments: Arguments, _tell: TellProgress) 
 async def leave(office: Office, _arguments: Arguments, _tell: TellProgress) -> Result:
     roster, member = office.membership.roster, office.membership.member_id
     num_others = len(roster.members) - 1
+    if office.running is not None and num_others and not office.membership.live():
+        raise UserError("no other node is reachable to hear that this one leaves; try again when one is")
     if roster.owner.id == member and num_others:
         raise UserError(f"the owner cannot leave while {num_others} other members are in the pod")
     if office.leave is not None:

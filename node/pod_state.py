@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from node.catalogue import Catalogue, Entry
 from node.gateway.backend import NoRoute as GatewayNoRoute
 from node.links.frames import Stage
 from node.placement.explain import Explanation, explain
+from node.placement.plan import plan
 from node.placement.route import NoRoute, route, route_text
 from node.placement.view import View
 from node.plan_book import PlanBook
-from node.pod_view import build_view
+from node.pod_view import build_view, deployed_model
 from node.status import NodeStatus, StatusError
 from pod.roster.roster import Roster
 
@@ -164,6 +165,25 @@ class PodState:
 
     def _why_not(self, model: bytes) -> str:
         return next((remark.reason for remark in self._explain().models if remark.model == model), "")
+
+    def num_missing_bytes(self, entry: Entry) -> int:
+        """How much memory the nodes that serve now lack for one more model; 0 when none serves yet."""
+        view = self.view()
+        able = [node for node in view.nodes if node.live and node.serving]
+        if not able:
+            return 0
+        # Whether they have its files is only known once they were told to look.
+        model = entry.deployed.id
+        nodes = tuple(
+            replace(n, models_available=n.models_available and n.models_available | {model})
+            for n in view.nodes
+        )
+        others = tuple(known for known in view.models if known.model != model)
+        wished = View(nodes, (*others, replace(deployed_model(entry), split=1)))
+        planned = plan(wished, self.plan_book.plan if self.plan_book else None, self._node)
+        current = planned or (self.plan_book.plan if self.plan_book else None)
+        remarks = explain(wished, current).models
+        return next((remark.num_missing_bytes for remark in remarks if remark.model == model), 0)
 
     def note_of(self, node: bytes) -> str:
         """Why a node serves nothing, in a line; "" when there is nothing to say."""

@@ -25,7 +25,7 @@ def build_view(
             for node, status in sorted(statuses.items())
             if node in roster.nodes
         ),
-        models=tuple(_deployed(entry) for entry in models),
+        models=tuple(deployed_model(entry) for entry in models),
     )
 
 
@@ -56,7 +56,8 @@ def _capacity(
     )
 
 
-def _deployed(entry: Entry) -> DeployedModel:
+def deployed_model(entry: Entry) -> DeployedModel:
+    """What placement needs to know of a model."""
     manifest = entry.manifest
     return DeployedModel(
         model=entry.deployed.id,

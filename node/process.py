@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import logging.handlers
 import os
@@ -65,7 +66,13 @@ async def _run(home: PodHome, settings: NodeSettings, as_json: bool) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, end)
-    await runtime.run(lambda listening: _report(listening, as_json))
+    await runtime.run(lambda listening: _report_to_terminal(listening, as_json))
+
+
+def _report_to_terminal(listening: Listening, as_json: bool) -> None:
+    # Nobody may be reading any more; the node goes on.
+    with contextlib.suppress(BrokenPipeError):
+        _report(listening, as_json)
 
 
 def _report(listening: Listening, as_json: bool) -> None:

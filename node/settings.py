@@ -53,12 +53,20 @@ def split_address(text: str, option: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def check_host(text: str, option: str) -> str:
+    """A host name or an address, as others can dial it."""
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|[0-9A-Fa-f:]{2,45}", text):
+        raise UserError(f"{option} must be a host name or an address (got {text!r})")
+    return text
+
+
 def parse_memory(text: str) -> int:
     """`8GiB`, `500MB`, `1.5g` -> bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
-    if match is None or float(match[1]) <= 0:
+    num_bytes = int(float(match[1]) * _UNITS_BYTES[match[2] or ""]) if match is not None else 0
+    if num_bytes < 1:
         raise UserError(f"--memory must be a size such as 8GiB (got {text!r})")
-    return int(float(match[1]) * _UNITS_BYTES[match[2] or ""])
+    return num_bytes
 
 
 def parse_duration_s(text: str) -> int:

@@ -18,6 +18,7 @@ ledger_app = typer.Typer(
 @ledger_app.callback()
 def ledger(context: typer.Context, as_json: AsJson = False) -> None:
     """Balances (they sum to 0) and recent requests. `pod ledger verify` rechecks everything."""
+    context.obj = as_json
     if context.invoked_subcommand is not None:
         return None
     result: Any = perform("ledger", {})
@@ -63,10 +64,10 @@ def print_ledger(result: Any) -> None:
 
 
 @ledger_app.command("verify")
-def ledger_verify(as_json: AsJson = False) -> None:
+def ledger_verify(context: typer.Context, as_json: AsJson = False) -> None:
     """Recheck every signature, chain and sum from the raw entries."""
     result: Any = perform("ledger_verify", {})
-    if as_json:
+    if as_json or context.obj:
         show.print_json(result)
     elif result["ok"]:
         show.out.print(

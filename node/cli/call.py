@@ -50,7 +50,11 @@ def _perform_at_node(
     timeout = httpx.Timeout(SILENCE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
     url = f"{running.api_url}/pod/v1/{operation}"
     try:
-        with httpx.stream("POST", url, json=arguments, headers=headers, timeout=timeout) as response:
+        # A proxy meant for the internet must not be given this machine's token.
+        with (
+            httpx.Client(trust_env=False, timeout=timeout) as client,
+            client.stream("POST", url, json=arguments, headers=headers) as response,
+        ):
             if response.status_code != 200:
                 response.read()
                 raise UserError(f"the node at {running.api_url} answered {response.status_code}")

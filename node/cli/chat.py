@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from openai import APIError, OpenAI
+from openai import APIError, DefaultHttpxClient, OpenAI
 from openai.types.chat import ChatCompletionMessageParam
 
 from node.cli import show
@@ -33,7 +33,12 @@ def chat(model: str | None, message: str | None, options: ChatOptions) -> None:
     if running is None:
         raise UserError("this machine's node is not running; say `pod up` first")
     client = OpenAI(
-        base_url=f"{running.api_url}/v1", api_key=running.local_token, max_retries=0, timeout=READ_TIMEOUT_S
+        base_url=f"{running.api_url}/v1",
+        api_key=running.local_token,
+        max_retries=0,
+        timeout=READ_TIMEOUT_S,
+        # A proxy meant for the internet must not be given this machine's token.
+        http_client=DefaultHttpxClient(trust_env=False),
     )
     name = model or _first_model(client)
     if message is None and not sys.stdin.isatty():

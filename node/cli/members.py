@@ -16,6 +16,7 @@ members_app = typer.Typer(help="Who is in the pod.", invoke_without_command=True
 @members_app.callback()
 def members(context: typer.Context, as_json: AsJson = False) -> None:
     """Who is in the pod, with balances. `pod members remove NAME` removes one."""
+    context.obj = as_json
     if context.invoked_subcommand is not None:
         return None
     result: Any = perform("members", {})
@@ -42,8 +43,10 @@ def members(context: typer.Context, as_json: AsJson = False) -> None:
 
 @members_app.command("remove")
 def members_remove(
-    name: Annotated[str, typer.Argument(help="The member's name.")], as_json: AsJson = False
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="The member's name.")],
+    as_json: AsJson = False,
 ) -> None:
     """Remove a member with all nodes and keys; connected nodes cut it off at once."""
     result = perform("member_remove", {"name": name})
-    return show.print_json(result) if as_json else show.out.print(f"{name} is removed.")
+    return show.print_json(result) if as_json or context.obj else show.out.print(f"{name} is removed.")

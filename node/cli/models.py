@@ -17,7 +17,16 @@ model_app = typer.Typer(help="What the pod should serve.", no_args_is_help=True)
 def models_table(rows: list[Any]) -> None:
     show.table(
         ("model", "layers", "context", "state", "route"),
-        [(m["name"], m["num_layers"], m["max_context_tokens"], m["state"], m["route"] or "-") for m in rows],
+        [
+            (
+                m["name"],
+                m["num_layers"],
+                m["max_context_tokens"],
+                m["state"],
+                m["route"] or m["reason"] or "-",
+            )
+            for m in rows
+        ],
         right=frozenset({"layers", "context"}),
     )
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from node.errors import UserError
-from node.settings import DEVICES, NodeSettings, parse_memory
+from node.settings import DEVICES, NodeSettings, check_host, parse_memory
 
 MemberName = Annotated[
     str | None,
@@ -86,6 +86,8 @@ def node_settings(
 ) -> NodeSettings:
     if device not in DEVICES:
         raise UserError(f"--device must be one of {', '.join(DEVICES)} (got {device!r})")
+    if advertise is not None:
+        check_host(advertise, "--advertise")
     return NodeSettings(
         api, listen, data, advertise, device, parse_memory(memory) if memory else None, serve, discover
     )
