@@ -21,6 +21,7 @@ from pod import base58
 
 # Multihash "identity" of a protobuf-encoded Ed25519 public key, as libp2p defines peer ids.
 _PEER_ID_PREFIX = bytes.fromhex("002408011220")
+_SIGNATURE_BYTES = 64
 # Fixed dates: membership is decided by the roster, never by a certificate's clock.
 _NOT_BEFORE = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
 _NOT_AFTER = datetime.datetime(9999, 12, 31, 23, 59, 59, tzinfo=datetime.UTC)
@@ -115,36 +116,48 @@ def node_of_peer_id(text: str) -> bytes:
 
 def certificate(key: KeyPair) -> bytes:
     """The self-signed certificate (DER) of a node key; the same key always gives the same bytes."""
-    public_key = key.private.public_key()
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, peer_id(key.public))])
+    return _certificate(key.public, key.private)
+
+
+def _certificate(node: bytes, signer: Ed25519PrivateKey) -> bytes:
+    public_key = Ed25519PublicKey.from_public_bytes(node)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, peer_id(node))])
     builder = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
         .public_key(public_key)
-        .serial_number(int.from_bytes(hashlib.sha256(key.public).digest()[:16], "big") | 1)
+        .serial_number(int.from_bytes(hashlib.sha256(node).digest()[:16], "big") | 1)
         .not_valid_before(_NOT_BEFORE)
         .not_valid_after(_NOT_AFTER)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(public_key), critical=False)
     )
-    return builder.sign(key.private, algorithm=None).public_bytes(serialization.Encoding.DER)
+    return builder.sign(signer, algorithm=None).public_bytes(serialization.Encoding.DER)
 
 
 def node_of_certificate(der: bytes) -> bytes:
-    """The node id a certificate stands for. Raises IdentityError unless it is signed by that very key."""
+    """The node id a certificate stands for. Raises IdentityError unless `certificate` makes these bytes.
+
+    TLS libraries read names, dates and extensions more strictly, or less, than the one that checks here: so
+    all but the signature must be what this node would write for that key.
+    """
     try:
         parsed = x509.load_der_x509_certificate(der)
         public_key = parsed.public_key()
         if not isinstance(public_key, Ed25519PublicKey):
             raise IdentityError("the certificate's key is not Ed25519")
-        public_key.verify(parsed.signature, parsed.tbs_certificate_bytes)
+        node = public_key.public_bytes_raw()
+        expected = _certificate(node, Ed25519PrivateKey.generate())
+        if der[:-_SIGNATURE_BYTES] != expected[:-_SIGNATURE_BYTES]:
+            raise IdentityError("not a node certificate as this pod's nodes make them")
+        public_key.verify(der[-_SIGNATURE_BYTES:], parsed.tbs_certificate_bytes)
     except IdentityError:
         raise
     except (InvalidSignature, ValueError, TypeError) as error:
         raise IdentityError(f"not a valid node certificate ({type(error).__name__})") from None
-    return public_key.public_bytes_raw()
+    return node
 
 
 def certificate_pem(key: KeyPair) -> bytes:

@@ -30,7 +30,6 @@ from pod.roster.events import (
     PolicySet,
     Role,
     RoleChanged,
-    decode_application,
 )
 from pod.roster.roster import InviteRecord, KeyRecord, LostJoin, Member, Model, Node, Roster
 
@@ -120,7 +119,7 @@ class _Draft:
             case InviteRevoked():
                 self._revoke_invite(author, event.body.invite)
             case MemberJoined():
-                self._join(event, author, event.body)
+                self._join(event, author)
             case NodeAdded():
                 self._add_node(author, event.body)
             case NodeRemoved():
@@ -193,8 +192,8 @@ class _Draft:
             for invite in [one for one in self.invites.values() if one.issued_by == member]:
                 self.invites[invite.id] = replace(invite, revoked=True)
 
-    def _join(self, event: Event, author: Member, body: MemberJoined) -> None:
-        joiner = decode_application(body.application)
+    def _join(self, event: Event, author: Member) -> None:
+        joiner = event.application
         invite = self.invites.get(joiner.invite)
         if invite is None or author.role > Role.MEMBER or invite.revoked or event.time_ms > invite.expires_ms:
             return

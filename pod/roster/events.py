@@ -221,6 +221,13 @@ class Event:
     def hash(self) -> bytes:
         return hashlib.sha256(self.raw).digest()
 
+    @cached_property
+    def application(self) -> Application:
+        """What a `MemberJoined` carries, decoded and verified once. Raises EventError for others."""
+        if not isinstance(self.body, MemberJoined):
+            raise EventError("this event carries no application")
+        return decode_application(self.body.application)
+
     @property
     def order(self) -> tuple[int, bytes]:
         """The order in which every replica applies events."""
@@ -250,7 +257,7 @@ def decode_event(raw: bytes) -> Event:
     if not verify(event.author, _signed_bytes(unsigned), event.signature):
         raise EventError("the event's signature does not match")
     if isinstance(event.body, MemberJoined):
-        if decode_application(event.body.application).pod != event.pod:
+        if event.application.pod != event.pod:
             raise EventError("the application is for another pod")
     elif isinstance(event.body, NodeAdded):
         _check_node_proof(event.pod, event.author, event.body)

@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 
 from pod.identity import (
     IdentityError,
@@ -81,6 +82,29 @@ def test_the_certificate_is_the_same_every_time_and_names_its_node() -> None:
     for other in (bytes(damaged), b"", der[:50]):
         with pytest.raises(IdentityError):
             node_of_certificate(other)
+
+
+@pytest.mark.parametrize(
+    ("honest", "crafted"),
+    [
+        (
+            peer_id(key_of("a").public).encode(),
+            b"\xff\xfe\xff\xfe" + peer_id(key_of("a").public)[4:].encode(),
+        ),
+        (b"200101000000Z", b"209901000000Z"),
+    ],
+)
+def test_a_certificate_that_others_cannot_read_or_read_differently_is_refused(
+    honest: bytes, crafted: bytes
+) -> None:
+    """Names that are no UTF-8 pass one parser and make another refuse the whole list of trusted nodes."""
+    key = key_of("a")
+    der = certificate(key)
+    tbs = x509.load_der_x509_certificate(der).tbs_certificate_bytes.replace(honest, crafted)
+    twisted = der.replace(honest, crafted)[:-64] + key.sign(tbs)
+    x509.load_der_x509_certificate(twisted)
+    with pytest.raises(IdentityError):
+        node_of_certificate(twisted)
 
 
 def test_tls_trusts_exactly_the_certificates_it_was_given(tmp_path: Path) -> None:
