@@ -96,17 +96,22 @@ class PodHome:
     def acquire(self) -> None:
         """Take the directory for this process; the lock goes with the process, also after kill -9.
 
-        Waits a little: another command may be using it right now.
+        Waits a little: a command may be using it right now. Raises UserError.
         """
         self.prepare()
-        try:
-            self._lock.acquire(timeout=0 if self.running_node() is not None else COMMAND_WAIT_S)
-        except Timeout:
+        if not self.try_acquire(0 if self.running_node() is not None else COMMAND_WAIT_S):
             raise UserError(
                 f"{self.path} is in use by a running node; stop it first or set another {HOME_VARIABLE}"
-            ) from None
+            )
+
+    def try_acquire(self, timeout_s: float = 0) -> bool:
+        try:
+            self._lock.acquire(timeout=timeout_s)
+        except Timeout:
+            return False
         # Left by a node that was killed: its token is nobody's now.
         self._running_file.unlink(missing_ok=True)
+        return True
 
     def release(self) -> None:
         self._running_file.unlink(missing_ok=True)
@@ -129,9 +134,7 @@ class PodHome:
             running = RunningNode(int(note["pid"]), str(note["api_url"]), str(note["local_token"]))
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
+        if not self.try_acquire():
             return running
         self._lock.release()
         return None

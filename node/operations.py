@@ -100,6 +100,7 @@ async def status(office: Office, _arguments: Arguments, _tell: TellProgress) -> 
             "name": node_name(roster, own),
             "member": member_name(roster, office.membership.member_id),
             "running": office.running is not None,
+            "is_in_pod": own in roster.nodes,
             "api_url": office.running.api_url if office.running else "",
             "home": str(office.home.path),
         },

@@ -14,7 +14,7 @@ from node.cli import show
 from node.errors import UserError
 from node.home import PodHome
 from node.office import check_name, wall_clock_ms
-from node.runtime import Listening, NodeRuntime
+from node.runtime import Listening, NodeRuntime, check_ports_are_free
 from node.settings import NodeSettings
 from pod.admission import JoinError
 from pod.identity import IdentityError
@@ -26,12 +26,15 @@ NUM_OLD_LOGS = 3
 EXIT_NOW_CODE = 130
 
 
-def join_pod(home: PodHome, invite: str, member_name: str, node_name: str) -> dict[str, object]:
-    """Redeem an invite. Raises UserError with the reason; then nothing has changed."""
+def join_pod(
+    home: PodHome, invite: str, member_name: str, node_name: str, settings: NodeSettings
+) -> dict[str, object]:
+    """Redeem an invite. Raises UserError with the reason; then nothing has changed, nor is it used."""
     check_name(member_name, "--member")
     check_name(node_name, "--node-name")
     if home.has_pod():
         raise UserError(f"{home.path} is in a pod already; `pod leave` first or set another POD_HOME")
+    check_ports_are_free(settings)
     home.acquire()
     try:
         membership = asyncio.run(Membership.join(home.path, invite, member_name, node_name, wall_clock_ms))

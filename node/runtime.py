@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,8 @@ class NodeRuntime:
         self._files_due = asyncio.Event()
         self._running: RunningNode | None = None
         self._engine: EngineClient | None = None
+        # Set before it is ready: a node that is told to stop while it starts must leave no engine behind.
+        self._engine_to_stop: EngineClient | None = None
         self._serving: Serving | None = None
         self._engine_ready: EngineReady | None = None
         self._engine_problem = ""
@@ -192,14 +195,10 @@ class NodeRuntime:
     ) -> object:
         return await run_operation(self._office, name, arguments, tell)
 
-    def _bind_ports(self) -> Any:
-        """Take the API port, and see that the data port is free, before anything else begins."""
-        try:
-            if self._serves:
-                bind(*split_address(self._settings.data_address, "--data"), "--data").close()
-            return bind(*split_address(self._settings.api_address, "--api"))
-        except ListenError as error:
-            raise UserError(str(error)) from None
+    def _bind_ports(self) -> socket.socket:
+        """Take the API port, and see that the others are free, before anything else begins."""
+        check_ports_are_free(replace(self._settings, serve=self._serves))
+        return _bind(self._settings.api_address, "--api")
 
     @contextlib.asynccontextmanager
     async def _membership_running(self) -> AsyncIterator[None]:
@@ -377,7 +376,7 @@ class NodeRuntime:
                 await asyncio.wait_for(self._files_due.wait(), FILES_CHECK_EVERY_S)
 
     async def _serve(self) -> None:
-        engine = EngineClient(self._engine_config(), self._engine_event)
+        engine = self._engine_to_stop = EngineClient(self._engine_config(), self._engine_event)
         while True:
             try:
                 self._engine_ready = await engine.start()
@@ -420,8 +419,8 @@ class NodeRuntime:
             await self._claims.check()
 
     async def _stop_engine(self) -> None:
-        if self._engine is not None:
-            await self._engine.stop()
+        if self._engine_to_stop is not None:
+            await self._engine_to_stop.stop()
 
     async def _leave(self) -> Path:
         """Tell the others, answer the command, then stop and set the state aside."""
@@ -431,6 +430,23 @@ class NodeRuntime:
         self._failure = None
         asyncio.get_running_loop().call_later(LEAVE_ANSWER_S, self._stopped.set)
         return self._aside
+
+
+def check_ports_are_free(settings: NodeSettings) -> None:
+    """Raises UserError that names the option to change."""
+    addresses = {"--api": settings.api_address, "--listen": settings.listen_address}
+    if settings.serve:
+        addresses["--data"] = settings.data_address
+    for option, address in addresses.items():
+        _bind(address, option).close()
+
+
+def _bind(address: str, option: str) -> socket.socket:
+    host, port = split_address(address, option)
+    try:
+        return bind(host, port, option)
+    except ListenError as error:
+        raise UserError(str(error)) from None
 
 
 def _url_host(host: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 
@@ -18,6 +19,7 @@ Json = dict[str, object]
 ShowProgress = Callable[[Mapping[str, object]], None]
 
 CONNECT_TIMEOUT_S = 5.0
+START_TIMEOUT_S = 20.0
 # Adding a model may download it; every progress line resets this deadline.
 SILENCE_TIMEOUT_S = 600.0
 
@@ -32,13 +34,30 @@ def require_pod(home: PodHome) -> None:
 
 
 def perform(operation: str, arguments: Json, show_progress: ShowProgress | None = None) -> Json:
-    """Run `operation` and return its result. Raises UserError with one clear line."""
+    """Run `operation` and return its result. Raises UserError with one clear line.
+
+    A node that is just starting or stopping is waited for.
+    """
     home = this_home()
     require_pod(home)
-    running = home.running_node()
-    if running is not None:
-        return _perform_at_node(running, operation, arguments, show_progress)
-    return _perform_offline(home, operation, arguments, show_progress)
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while True:
+        running = home.running_node()
+        if running is not None:
+            return _perform_at_node(running, operation, arguments, show_progress)
+        if home.try_acquire():
+            return _perform_offline(home, operation, arguments, show_progress)
+        if time.monotonic() > deadline_s:
+            raise UserError(f"a node is starting or stopping in {home.path}; try again shortly")
+        time.sleep(0.1)
+
+
+def wait_until_stopped() -> None:
+    """After an operation that ends the node: return when it has let go of the state directory."""
+    home, deadline_s = this_home(), time.monotonic() + START_TIMEOUT_S
+    while not home.try_acquire() and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    home.release()
 
 
 def _perform_at_node(
@@ -78,7 +97,6 @@ def _perform_offline(
     from node.office import open_offline
     from node.operations import run_operation
 
-    home.acquire()
     try:
         with closing(open_offline(home)) as office:
             return asyncio.run(run_operation(office, operation, arguments, show_progress or (lambda _: None)))

@@ -19,7 +19,7 @@ def key_create(
     name: Annotated[str, typer.Option("--name", help="What the key is for.")] = "default",
     expires: Annotated[
         str | None,
-        typer.Option("--expires", help="How long it is good for: 24h, 90d [default: until revoked]."),
+        typer.Option("--expires", help="How long it is good for: 24h, 90d (default: until revoked)."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from node.cli import show
 from node.cli.books import ledger_app
-from node.cli.call import Json, perform, require_pod, this_home
+from node.cli.call import Json, perform, require_pod, this_home, wait_until_stopped
 from node.cli.keys import key_app
 from node.cli.members import members_app
 from node.cli.models import model_app, models, models_table
@@ -145,7 +145,7 @@ def join(
 
     settings = node_settings(api, listen, data, advertise, device, memory, discover, serve=not no_serve)
     home = this_home()
-    result = join_pod(home, invite, member or _login_name(), node_name or machine_name())
+    result = join_pod(home, invite, member or _login_name(), node_name or machine_name(), settings)
     if not as_json:
         show.out.print(
             f"Joined pod [bold]{result['pod_name']}[/] as [bold]{result['member']}[/] ({result['role']})."
@@ -185,6 +185,8 @@ def status(as_json: AsJson = False) -> None:
         return show.print_json(result)
     node = result["node"]
     state = f"up at {node['api_url']}" if node["running"] else "not running (say `pod up`)"
+    if not node["is_in_pod"]:
+        state = "removed from the pod (say `pod leave`, then join with a new invite)"
     show.out.print(
         f"Pod [bold]{result['pod']['name']}[/]  node [bold]{node['name']}[/] of {node['member']}: {state}"
     )
@@ -194,7 +196,7 @@ def status(as_json: AsJson = False) -> None:
             (
                 n["name"],
                 n["member"],
-                "yes" if n["live"] else "no",
+                "?" if not node["running"] else "yes" if n["live"] else "no",
                 n["device"],
                 _shards_text(n["shards"]),
                 n["data_address"],
@@ -222,7 +224,7 @@ def _shards_text(shards: list[Any]) -> str:
 @app.command()
 def chat(
     model: Annotated[
-        str | None, typer.Argument(help="The model [default: the pod's first ready one].")
+        str | None, typer.Argument(help="The model (default: the pod's first ready one).")
     ] = None,
     message: Annotated[
         str | None,
@@ -250,6 +252,7 @@ def leave(
     if not yes and sys.stdin.isatty() and not typer.confirm("Take this machine out of the pod?"):
         raise typer.Exit(1)
     result = perform("leave", {})
+    wait_until_stopped()
     return (
         show.print_json(result)
         if as_json
@@ -266,6 +269,23 @@ def demo(
     from node.demo import run_demo
 
     run_demo(nodes, as_json)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        show.out.print(f"gpu-pod {version('gpu-pod')}")
+        raise typer.Exit
+
+
+@app.callback()
+def pod(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """A private pool of GPUs for a team. Start with `pod create NAME`, or `pod demo` to see it work."""
 
 
 def _login_name() -> str:

@@ -48,12 +48,12 @@ def model_add(
     split: Annotated[
         int | None,
         typer.Option(
-            "--split", min=1, max=1000, help="Split into at least N stages [default: placement decides]."
+            "--split", min=1, max=1000, help="Split into at least N stages (default: placement decides)."
         ),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = "auto",
     name: Annotated[
-        str | None, typer.Option("--name", help="The name tools ask for [default: from REF].")
+        str | None, typer.Option("--name", help="The name tools ask for (default: from REF).")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -11,7 +11,7 @@ from node.settings import DEVICES, NodeSettings, check_host, parse_memory
 
 MemberName = Annotated[
     str | None,
-    typer.Option("--member", envvar="POD_MEMBER", help="Your name in the pod [default: your login]."),
+    typer.Option("--member", envvar="POD_MEMBER", help="Your name in the pod (default: your login)."),
 ]
 NoServe = Annotated[bool, typer.Option("--no-serve", help="Use the pod without serving layers.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -42,7 +42,7 @@ Advertise = Annotated[
         "--advertise",
         envvar="POD_ADVERTISE",
         metavar="HOST",
-        help="Name or address other nodes dial [default: found out].",
+        help="Name or address other nodes dial (default: found out).",
     ),
 ]
 DeviceOption = Annotated[
@@ -57,13 +57,13 @@ Memory = Annotated[
         "--memory",
         envvar="POD_MEMORY",
         metavar="SIZE",
-        help="Most memory for layers and KV cache, such as 8GiB [default: 80% of what is free].",
+        help="Most memory for layers and KV cache, such as 8GiB (default: 80% of what is free).",
     ),
 ]
 NodeName = Annotated[
     str | None,
     typer.Option(
-        "--node-name", envvar="POD_NODE_NAME", help="This machine's name in the pod [default: its host name]."
+        "--node-name", envvar="POD_NODE_NAME", help="This machine's name in the pod (default: its host name)."
     ),
 ]
 Discover = Annotated[

@@ -78,6 +78,9 @@ class LoadBars:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
+        for what, quarter in self._said.items():
+            if error is None and quarter < 4:
+                err.print(f"{what}: loaded")
 
     def update(self, progress: Mapping[str, object]) -> None:
         """`progress` holds `what`, `done_bytes` and `total_bytes`."""
