@@ -69,10 +69,11 @@ class LocalNode:
         """Read the one line that the node prints when its API listens."""
         assert self.process is not None
         line = _read_line(self.process, START_TIMEOUT_S)
-        if not line:
+        said = json.loads(line) if line else {}
+        if "api_url" not in said:
             log = (self.home.parent / f"{self.member}.log").read_text().strip()
             raise UserError(f"{self.member}'s node did not start: {log[-500:]}")
-        self.api_url = str(json.loads(line)["api_url"])
+        self.api_url = str(said["api_url"])
 
     def stop(self) -> None:
         if self.process is None:

@@ -26,13 +26,14 @@ QUIET = (
 @pytest.fixture(scope="session")
 def artefacts() -> Path:
     """Where screenshots are kept; not under version control."""
-    folder = Path(__file__).parents[2] / "artefacts"
+    folder = Path(__file__).parents[1] / "artefacts"
     folder.mkdir(exist_ok=True)
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """For one module only: while it is open, playwright's own event loop counts as running in this thread."""
     executable = next((path for name in NAMES if (path := shutil.which(name))), None)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=list(QUIET))
