@@ -153,8 +153,7 @@ class EngineProcess:
                 # Behind the loads, so that a drop finds the shard that was ordered before it.
                 self._loader.submit(self._reporting, command, self._drop)
             case SetTrust():
-                self._engine.links.set_trust(command.certificates)
-                self._pipe.send(Done(command.request))
+                self._reporting(command, self._set_trust)
             case SetRateCard():
                 self._reporting(command, self._set_rate_card)
             case GetStats():
@@ -218,6 +217,10 @@ class EngineProcess:
         if dropped is None:
             return Failed(order.request, "there is no such shard")
         self._used_bytes -= _used_by(dropped)
+        return Done(order.request)
+
+    def _set_trust(self, order: SetTrust) -> Done:
+        self._engine.links.set_trust(order.certificates)
         return Done(order.request)
 
     def _set_rate_card(self, order: SetRateCard) -> Done:

@@ -15,7 +15,7 @@ import math
 import struct
 import sys
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
@@ -232,7 +232,7 @@ def _open_session_header(frame: OpenSession) -> tuple[object, ...]:
     )
 
 
-def _u32_bytes(values: tuple[int, ...]) -> bytes:
+def _u32_bytes(values: Sequence[int]) -> bytes:
     words = array("I", values)
     if sys.byteorder == "big":
         words.byteswap()
@@ -248,9 +248,9 @@ def _fields(value: object, num_fields: int) -> tuple[object, ...]:
     return value
 
 
-def _many(value: object, max_num: int) -> tuple[object, ...]:
-    if type(value) is not tuple or len(value) > max_num:
-        raise FrameError("not a list, or too many items")
+def _many(value: object, max_num: int, min_num: int = 0) -> tuple[object, ...]:
+    if type(value) is not tuple or not min_num <= len(value) <= max_num:
+        raise FrameError("not a list, or too few or too many items")
     return value
 
 
@@ -295,18 +295,20 @@ def _choice(value: object, choices: Mapping[int, T]) -> T:
     return choice
 
 
-def _u32_values(payload: Buffer) -> tuple[int, ...]:
+def _u32_values(payload: Buffer) -> Sequence[int]:
+    """A view of the payload: ten times smaller than Python's integers, and counted where the bytes are."""
     if len(payload) % 4:
         raise FrameError("prompt ids of the wrong length")
+    if sys.byteorder == "little":
+        return memoryview(payload).cast("B").cast("I")
     words = array("I", bytes(payload))
-    if sys.byteorder == "big":
-        words.byteswap()
-    return tuple(words)
+    words.byteswap()
+    return words
 
 
 def _read_hidden_batch(value: object, payload: Buffer) -> HiddenBatch:
     raw_items, raw_dtype, raw_hidden_size = _fields(value, 3)
-    items = tuple(map(_read_hidden_item, _many(raw_items, MAX_NUM_ITEMS)))
+    items = tuple(map(_read_hidden_item, _many(raw_items, MAX_NUM_ITEMS, 1)))
     dtype = _choice(raw_dtype, _DTYPES)
     hidden_size = _number(raw_hidden_size, MAX_HIDDEN_SIZE, 1)
     num_rows = sum(item.num_tokens for item in items)
@@ -322,7 +324,7 @@ def _read_hidden_item(value: object) -> HiddenItem:
 
 def _read_token_batch(value: object, _: Buffer) -> TokenBatch:
     (items,) = _fields(value, 1)
-    return TokenBatch(tuple(map(_read_token_item, _many(items, MAX_NUM_ITEMS))))
+    return TokenBatch(tuple(map(_read_token_item, _many(items, MAX_NUM_ITEMS, 1))))
 
 
 def _read_token_item(value: object) -> TokenItem:

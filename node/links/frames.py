@@ -8,6 +8,7 @@ model the 32-byte digest of its package.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -97,7 +98,7 @@ class OpenSession:
     deadline_ms: int
     rate_card_version: int
     num_output_tokens_before: int = 0
-    prompt_ids: tuple[int, ...] = ()
+    prompt_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from node.links.frames import (
     SessionOpened,
     StageTiming,
     TokenBatch,
+    TokenItem,
 )
 
 MAX_NUM_WAITING = 65536
@@ -96,9 +97,12 @@ class Subscriptions:
     def received(self, node: bytes, frame: Frame) -> None:
         match frame:
             case TokenBatch(items):
-                for session in dict.fromkeys(item.session for item in items):
-                    own = TokenBatch(tuple(item for item in items if item.session == session))
-                    self._put(session, node, own)
+                own: dict[bytes, list[TokenItem]] = {}
+                for item in items:
+                    if item.session in self._by_session:
+                        own.setdefault(item.session, []).append(item)
+                for session, own_items in own.items():
+                    self._put(session, node, TokenBatch(tuple(own_items)))
             case SessionOpened() | SessionError() | ReceiptSigned() | StageTiming():
                 self._put(frame.session, node, frame)
             case _:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
+from array import array
 from dataclasses import replace
 
 import cbor2
@@ -45,7 +47,7 @@ from node.links.frames import (
     TokenBatch,
     TokenItem,
 )
-from tests.links.ends import SESSION, rows_frame
+from tests.links.ends import SESSION, open_session, rows_frame
 
 u32 = st.integers(0, 2**32 - 1)
 u63 = st.integers(0, 2**63 - 1)
@@ -70,7 +72,7 @@ sampling = st.builds(
 
 @st.composite
 def hidden_batches(draw: st.DrawFn) -> HiddenBatch:
-    items = draw(st.lists(st.builds(HiddenItem, session, u32, st.integers(1, 5)), max_size=6))
+    items = draw(st.lists(st.builds(HiddenItem, session, u32, st.integers(1, 5)), min_size=1, max_size=6))
     dtype = draw(st.sampled_from(Dtype))
     hidden_size = draw(st.integers(1, 16))
     width = 4 if dtype is Dtype.FLOAT32 else 2
@@ -84,9 +86,9 @@ frames: st.SearchStrategy[Frame] = st.one_of(
     hidden_batches(),
     st.builds(
         TokenBatch,
-        st.lists(st.builds(TokenItem, session, u32, u32, st.sampled_from(FinishReason)), max_size=6).map(
-            tuple
-        ),
+        st.lists(
+            st.builds(TokenItem, session, u32, u32, st.sampled_from(FinishReason)), min_size=1, max_size=6
+        ).map(tuple),
     ),
     st.builds(
         OpenSession,
@@ -103,7 +105,7 @@ frames: st.SearchStrategy[Frame] = st.one_of(
         u63,
         u32,
         u32,
-        st.lists(u32, max_size=50).map(tuple),
+        st.lists(u32, max_size=50).map(lambda ids: array("I", ids)),
     ),
     st.builds(StartSession, session),
     st.builds(CloseSession, session),
@@ -249,3 +251,22 @@ def test_rows_are_not_copied_either_way() -> None:
 def test_a_long_error_message_is_cut_rather_than_refused() -> None:
     frame = SessionError(SESSION, 0, ErrorCode.INTERNAL, "x" * 5000)
     assert read(b"".join(encode(frame))) == replace(frame, message="x" * MAX_NUM_MESSAGE_CHARS)
+
+
+@pytest.mark.parametrize("empty", [HiddenBatch((), Dtype.FLOAT32, 16, b""), TokenBatch(())])
+def test_a_batch_of_nothing_is_refused(empty: Frame) -> None:
+    with pytest.raises(FrameError):
+        read(b"".join(encode(empty)))
+
+
+def test_prompt_ids_stay_as_small_as_they_came() -> None:
+    frame = replace(open_session(bytes(32)), prompt_ids=array("I", range(MAX_NUM_PROMPT_IDS)))
+    first, payload = encode(frame)
+    prefix = parse_prefix(first[:PREFIX_BYTES], Lane.DECODE)
+    tracemalloc.start()
+    try:
+        decoded = decode(prefix, first[PREFIX_BYTES:], payload)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert decoded == frame

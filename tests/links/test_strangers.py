@@ -170,6 +170,13 @@ def test_a_removed_node_is_cut_within_a_second(adapter: TlsAdapter) -> None:
         connect(removed, one)
 
 
+def test_a_certificate_that_is_no_use_shuts_out_its_own_node_only(adapter: TlsAdapter) -> None:
+    one, other = adapter.stage(A), adapter.stage(B)
+    one.links.set_trust([b"\x30\x03\x02\x01\x00", ROSTER[1], CERTIFICATES[4][:-1], ROSTER[2]])
+    connect(one, other)
+    assert Trust(A, [b"", *ROSTER]).nodes == {key.public for key in (A, B, C)}
+
+
 def test_another_pod_is_refused_in_words(adapter: TlsAdapter) -> None:
     with pytest.raises(LinkDown, match="another pod"):
         connect(adapter.stage(A), adapter.stage(B, pod=b"q" * 32))
