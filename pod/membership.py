@@ -24,16 +24,19 @@ from pod.invite import Invite, InviteError, parse, signed_invite, unsigned_invit
 from pod.peer_file import PeerFile
 from pod.reconnect import Reconnector
 from pod.roster.apply import roster_of
+from pod.roster.cuts import kept_of_invite, kept_of_member
 from pod.roster.events import (
     NO_POD,
     Body,
     Event,
     InviteIssued,
+    InviteRevoked,
     KeyIssued,
     MemberRemoved,
     NodeRemoved,
     PodCreated,
     Role,
+    RoleChanged,
     node_added,
     sign_event,
 )
@@ -206,6 +209,8 @@ class Membership:
 
     def issue(self, body: Body) -> Event:
         """Signs an event with the member's key, stores and gossips it. Whether it counts, the roster says."""
+        if isinstance(body, InviteRevoked):
+            return self.revoke_invite(body.invite)
         return self._add(self._signed(body))
 
     def invite(
@@ -250,10 +255,26 @@ class Membership:
         """Removes a member with all its nodes and keys; what it said so far stays valid, nothing later."""
         if member not in self._roster.members:
             raise MembershipError("there is no such member")
-        kept = tuple(event.hash for event in self._log.events() if event.author == member)
+        kept = kept_of_member(member, self._log.events())
         draft = self._signed(MemberRemoved(member, kept))
         if member in roster_of(self.pod, [*self._log.events(), draft]).members:
             raise MembershipError("your role does not allow removing this member")
+        return self._add(draft)
+
+    def change_role(self, member: bytes, role: Role) -> Event:
+        """For the owner. What the member said in its old role stays valid, nothing that comes later does."""
+        if self.role is not Role.OWNER or role is Role.OWNER or member == self.member_id:
+            raise MembershipError("only the owner changes roles, and not its own")
+        if member not in self._roster.members:
+            raise MembershipError("there is no such member")
+        return self.issue(RoleChanged(member, role, kept_of_member(member, self._log.events())))
+
+    def revoke_invite(self, invite: bytes) -> Event:
+        """Who joined with it stays; nobody else does, however the join is dated."""
+        draft = self._signed(InviteRevoked(invite, kept_of_invite(invite, self._log.events())))
+        record = roster_of(self.pod, [*self._log.events(), draft]).invites.get(invite)
+        if record is None or not record.revoked:
+            raise MembershipError("there is no such invite, or your role does not allow revoking it")
         return self._add(draft)
 
     def remove_node(self, node: bytes) -> Event:

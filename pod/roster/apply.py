@@ -3,16 +3,16 @@ Pure and independent of arrival order: events are applied by (lamport, hash). It
 signatures were checked when the events were read.
 
 Rules: the owner may do everything except leave; an admin may invite, remove and revoke whom it outranks and
-set policy and models; members admit joiners; guests only use. A removal names the removed member's events
-that stay valid, so that what it says later, or with an earlier date, counts for nothing. The owner's removals
-are taken first, then the admins' in order; a removal that was taken is never taken back.
+set policy and models; members admit joiners; guests only use. Removals and revocations are cuts: the owner's
+are taken first, then the others' in order; none undoes the membership of whom its author does not outrank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from pod.roster.cuts import Cuts
 from pod.roster.events import (
     NO_POD,
     Event,
@@ -33,6 +33,9 @@ from pod.roster.events import (
 )
 from pod.roster.roster import InviteRecord, KeyRecord, LostJoin, Member, Model, Node, Roster
 
+MAX_NUM_NODES = 16
+MAX_NUM_ADMIN_NODES = 64
+
 
 class RosterError(ValueError):
     """No roster can be made of these events."""
@@ -45,42 +48,17 @@ def roster_of(pod: bytes, events: Iterable[Event]) -> Roster:
     if created is None or not isinstance(created.body, PodCreated):
         raise RosterError("the event that created the pod is missing")
     rest = [event for event in ordered if event is not created]
-    removals: dict[bytes, frozenset[bytes]] = {}
-    for event in rest:
-        if event.author == created.author and isinstance(event.body, MemberRemoved):
-            _take(removals, event, created.author)
+    cuts = Cuts(created.author, rest)
     while True:
-        draft = _Draft(pod, created, removals)
-        removal = _first_new_removal(draft, rest)
-        if removal is None:
+        draft = _Draft(pod, created, cuts)
+        cut = draft.apply_all(rest)
+        if cut is None:
             return draft.finish()
-        _take(removals, removal, created.author)
+        cuts.take(cut, draft.needed())
 
 
 def _is_of(event: Event, pod: bytes) -> bool:
     return event.hash == pod if isinstance(event.body, PodCreated) else event.pod == pod != NO_POD
-
-
-def _take(removals: dict[bytes, frozenset[bytes]], event: Event, owner: bytes) -> None:
-    assert isinstance(event.body, MemberRemoved)
-    if event.body.member == owner:
-        return
-    kept = frozenset(event.body.kept)
-    if event.author == event.body.member:
-        kept |= {event.hash}
-    removals[event.body.member] = removals.get(event.body.member, kept) & kept
-
-
-def _first_new_removal(draft: _Draft, events: Sequence[Event]) -> Event | None:
-    for event in events:
-        if not draft.counts(event):
-            continue
-        if isinstance(event.body, MemberRemoved) and event.body.member not in draft.removals:
-            if draft.may_remove(event.author, event.body.member):
-                return event
-            continue
-        draft.apply(event)
-    return None
 
 
 @dataclass
@@ -89,7 +67,7 @@ class _Draft:
 
     pod: bytes
     created: Event
-    removals: Mapping[bytes, frozenset[bytes]]
+    cuts: Cuts
     members: dict[bytes, Member] = field(default_factory=dict)
     nodes: dict[bytes, Node] = field(default_factory=dict)
     invites: dict[bytes, InviteRecord] = field(default_factory=dict)
@@ -99,6 +77,9 @@ class _Draft:
     policy: bytes | None = None
     removed_nodes: dict[bytes, Node] = field(default_factory=dict)
     lost_joins: list[LostJoin] = field(default_factory=list)
+    lost_nodes: dict[bytes, Node] = field(default_factory=dict)
+    joins: dict[bytes, Event] = field(default_factory=dict)
+    invitations: dict[bytes, Event] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         body = self.created.body
@@ -106,18 +87,43 @@ class _Draft:
         owner = self.created.author
         self.members[owner] = Member(owner, body.member_name, Role.OWNER, self.created.time_ms)
 
-    def counts(self, event: Event) -> bool:
-        """Whether the author is known and, if it was removed, the remover kept this event."""
-        kept = self.removals.get(event.author)
-        return event.author in self.members and (kept is None or event.hash in kept)
+    def apply_all(self, events: Sequence[Event]) -> Event | None:
+        """The first cut that is still to be taken, which asks for another draft."""
+        cut = None
+        for event in events:
+            if event.author not in self.members or not self.cuts.keeps(event.author, event):
+                continue
+            if not isinstance(event.body, MemberRemoved | InviteRevoked):
+                self._apply(event)
+            elif cut is None and self.cuts.is_new(event) and self._may_cut(event, event.body):
+                if self.cuts.undoes_nothing(event):
+                    self.cuts.take(event, frozenset())
+                else:
+                    cut = event
+        return cut
 
-    def apply(self, event: Event) -> None:
-        author = self.members[event.author]
+    def needed(self) -> frozenset[bytes]:
+        """The events without which somebody whom no admin outranks would not be a member."""
+        found: set[bytes] = set()
+        seen: set[bytes] = set()
+        waiting = [one.id for one in self.members.values() if self._highest_role(one) <= Role.ADMIN]
+        waiting = [member for member in waiting if not self.cuts.is_removed(member)]
+        while waiting:
+            member = waiting.pop()
+            join = self.joins.get(member)
+            if join is None or member in seen:
+                continue
+            seen.add(member)
+            invitation = self.invitations[join.application.invite]
+            found |= {join.hash, invitation.hash}
+            waiting += [join.author, invitation.author]
+        return frozenset(found)
+
+    def _apply(self, event: Event) -> None:
+        author = self._author_of(event)
         match event.body:
             case InviteIssued():
                 self._invite(event, author, event.body)
-            case InviteRevoked():
-                self._revoke_invite(author, event.body.invite)
             case MemberJoined():
                 self._join(event, author)
             case NodeAdded():
@@ -126,8 +132,6 @@ class _Draft:
                 self._remove_node(author, event.body.node)
             case RoleChanged():
                 self._change_role(author, event.body)
-            case MemberRemoved():
-                self._close_invites_of(event.body.member)
             case KeyIssued():
                 self._issue_key(event, author, event.body)
             case KeyRevoked():
@@ -140,17 +144,26 @@ class _Draft:
             case ModelRemoved():
                 if author.role <= Role.ADMIN:
                     self.models.pop(event.body.name, None)
-            case PodCreated():
+            case PodCreated() | MemberRemoved() | InviteRevoked():
                 pass
 
-    def may_remove(self, author: bytes, member: bytes) -> bool:
-        target = self.members.get(member)
-        if target is None or target.role is Role.OWNER:
+    def _author_of(self, event: Event) -> Member:
+        author = self.members[event.author]
+        role = self.cuts.role_at_most(author.role, event)
+        return author if role is author.role else replace(author, role=role)
+
+    def _may_cut(self, event: Event, body: MemberRemoved | InviteRevoked) -> bool:
+        author = self._author_of(event)
+        if isinstance(body, MemberRemoved):
+            return author.id == body.member or self._outranks(author, body.member)
+        invite = self.invites.get(body.invite)
+        if invite is None or author.role > Role.ADMIN:
             return False
-        return author == member or self._outranks(self.members[author], member)
+        return author.role < invite.role or author.id == invite.issued_by
 
     def finish(self) -> Roster:
-        members = {id: member for id, member in self.members.items() if id not in self.removals}
+        removed = self.cuts.removed()
+        members = {id: member for id, member in self.members.items() if id not in removed}
         nodes = {id: node for id, node in self.nodes.items() if node.member in members}
         body = self.created.body
         assert isinstance(body, PodCreated)
@@ -161,62 +174,67 @@ class _Draft:
             name=body.name,
             members=members,
             nodes=nodes,
-            invites=self.invites,
+            invites={id: self._closed(invite) for id, invite in self.invites.items()},
             keys={id: key for id, key in self.keys.items() if key.member in members},
             revoked_keys=frozenset(self.revoked_keys),
             models=self.models,
             policy=self.policy,
-            removed=frozenset(self.removals) | former_nodes.keys(),
+            removed=removed | former_nodes.keys(),
             lost_joins=tuple(self.lost_joins),
-            former_members={id: member for id, member in self.members.items() if id in self.removals},
-            former_nodes=former_nodes,
+            former_members={id: member for id, member in self.members.items() if id in removed},
+            former_nodes={id: one for id, one in self.lost_nodes.items() if id not in nodes} | former_nodes,
         )
+
+    def _closed(self, invite: InviteRecord) -> InviteRecord:
+        return replace(invite, revoked=self.cuts.is_revoked(invite.id, invite.issued_by))
+
+    def _highest_role(self, member: Member) -> Role:
+        return self.cuts.highest_role(member.id, member.role)
 
     def _outranks(self, author: Member, member: bytes) -> bool:
         target = self.members.get(member)
-        return target is not None and author.role <= Role.ADMIN and author.role < target.role
+        return target is not None and author.role <= Role.ADMIN and author.role < self._highest_role(target)
 
     def _invite(self, event: Event, author: Member, body: InviteIssued) -> None:
         if author.role <= Role.ADMIN and author.role < body.role and body.invite not in self.invites:
             self.invites[body.invite] = InviteRecord(
                 body.invite, event.author, body.role, body.max_num_uses, body.expires_ms
             )
-
-    def _revoke_invite(self, author: Member, invite: bytes) -> None:
-        record = self.invites.get(invite)
-        if record is not None and author.role <= Role.ADMIN:
-            self.invites[invite] = replace(record, revoked=True)
-
-    def _close_invites_of(self, member: bytes) -> None:
-        if member in self.removals:
-            for invite in [one for one in self.invites.values() if one.issued_by == member]:
-                self.invites[invite.id] = replace(invite, revoked=True)
+            self.invitations[body.invite] = event
 
     def _join(self, event: Event, author: Member) -> None:
         joiner = event.application
         invite = self.invites.get(joiner.invite)
-        if invite is None or author.role > Role.MEMBER or invite.revoked or event.time_ms > invite.expires_ms:
+        if invite is None or author.role > Role.MEMBER or event.time_ms > invite.expires_ms:
             return
         if joiner.member in self.members or not self._node_is_free(joiner.node):
             return
+        lost = Node(joiner.node, joiner.member, joiner.node_name, joiner.certificate_der)
+        if not self.cuts.lets_in(invite.id, invite.issued_by, event):
+            self.lost_nodes.setdefault(joiner.node, lost)
+            return
         if len(invite.members) >= invite.max_num_uses:
+            self.lost_nodes.setdefault(joiner.node, lost)
             self.lost_joins.append(LostJoin(joiner.member, joiner.member_name, joiner.node, joiner.invite))
             return
         self.invites[invite.id] = replace(invite, members=(*invite.members, joiner.member))
-        taken = {member.name for id, member in self.members.items() if id not in self.removals}
+        self.joins[joiner.member] = event
+        taken = {one.name for id, one in self.members.items() if not self.cuts.is_removed(id)}
         name = _free_name(joiner.member_name, joiner.member, taken)
         self.members[joiner.member] = Member(joiner.member, name, invite.role, event.time_ms)
         self._put_node(joiner.node, joiner.member, joiner.node_name, joiner.certificate_der)
 
     def _add_node(self, author: Member, body: NodeAdded) -> None:
-        if self._node_is_free(body.node):
+        limit = MAX_NUM_NODES if author.role > Role.ADMIN else MAX_NUM_ADMIN_NODES
+        num_nodes = sum(node.member == author.id for node in self.nodes.values())
+        if num_nodes < limit and self._node_is_free(body.node):
             self._put_node(body.node, author.id, body.name, body.certificate_der)
 
     def _node_is_free(self, node: bytes) -> bool:
         return node not in self.nodes and node not in self.removed_nodes
 
     def _put_node(self, node: bytes, member: bytes, name: str, certificate_der: bytes) -> None:
-        taken = {one.name for one in self.nodes.values() if one.member not in self.removals}
+        taken = {one.name for one in self.nodes.values() if not self.cuts.is_removed(one.member)}
         self.nodes[node] = Node(node, member, _free_name(name, node, taken), certificate_der)
 
     def _remove_node(self, author: Member, node: bytes) -> None:

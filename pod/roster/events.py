@@ -36,8 +36,10 @@ MAX_EVENT_BYTES = 192 * 1024
 MAX_LAMPORT = 2**48
 NO_POD = bytes(32)
 KEY_ID_BYTES = 16
+MAX_NUM_KEPT = 4096
 
 KeyId = Annotated[bytes, Length(KEY_ID_BYTES, KEY_ID_BYTES)]
+Hashes = Annotated[tuple[Id, ...], Length(0, MAX_NUM_KEPT)]
 
 
 class Role(IntEnum):
@@ -69,7 +71,10 @@ class InviteIssued:
 
 @dataclass(frozen=True, slots=True)
 class InviteRevoked:
+    """`kept` are the hashes of the joins with this invite that stay valid; nobody else joins with it."""
+
     invite: Id
+    kept: Hashes = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +117,25 @@ class NodeRemoved:
 
 @dataclass(frozen=True, slots=True)
 class RoleChanged:
+    """`kept` are the hashes of that member's events that count as it said them.
+
+    When the role is lowered, every other one dated before this event counts as the lower role's.
+    """
+
     member: Id
     role: Role
+    kept: Hashes
 
 
 @dataclass(frozen=True, slots=True)
 class MemberRemoved:
-    """`kept` are the hashes of that member's events that stay valid; every other one counts for nothing."""
+    """`kept` are the hashes of that member's events, and of the joins with its invites, that stay valid.
+
+    Every other one counts for nothing. When a member removes itself, what it said before stays.
+    """
 
     member: Id
-    kept: Annotated[tuple[Id, ...], Length(0, 4096)]
+    kept: Hashes
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,7 +91,7 @@ def test_the_certificate_is_the_same_every_time_and_names_its_node() -> None:
             peer_id(key_of("a").public).encode(),
             b"\xff\xfe\xff\xfe" + peer_id(key_of("a").public)[4:].encode(),
         ),
-        (b"200101000000Z", b"209901000000Z"),
+        (b"200101000000Z", b"210101000000Z"),
     ],
 )
 def test_a_certificate_that_others_cannot_read_or_read_differently_is_refused(

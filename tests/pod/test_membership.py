@@ -14,7 +14,7 @@ from pod.control import ControlError
 from pod.invite import InviteError
 from pod.membership import Membership, MembershipError
 from pod.memory_control import MemoryNetwork
-from pod.roster.events import InviteRevoked, MemberRemoved, PolicySet, Role
+from pod.roster.events import MemberRemoved, PolicySet, Role
 from tests.pod.machines import Machines, play
 from tests.pod.waiting import until
 
@@ -92,7 +92,7 @@ def test_every_refused_invite_says_why_and_changes_nothing(
         await machines.join("mark", used)
         assert "already used" in await refusal(machines, "late", used)
         revoked = olga.invite()
-        olga.issue(InviteRevoked(revoked.key.public))
+        olga.revoke_invite(revoked.key.public)
         assert "revoked" in await refusal(machines, "late", revoked.text())
         expiring = olga.invite(expires_s=60).text()
         machines.skew_ms["olga"] = 120_000

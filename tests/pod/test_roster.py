@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -10,8 +12,10 @@ from hypothesis import strategies as st
 
 from pod.canonical import encode
 from pod.identity import certificate
-from pod.roster.apply import RosterError, roster_of
+from pod.roster.apply import MAX_NUM_ADMIN_NODES, MAX_NUM_NODES, RosterError, roster_of
+from pod.roster.cuts import kept_of_invite, kept_of_member
 from pod.roster.events import (
+    MAX_NUM_KEPT,
     EventError,
     InviteIssued,
     InviteRevoked,
@@ -66,7 +70,8 @@ def stories(draw: st.DrawFn) -> Story:
                 kept = tuple(e.hash for e in story.said if draw(st.booleans()))[:20]
                 story.say(who, MemberRemoved(key_of(whom).public, kept), lamport)
             case 3:
-                story.say(who, RoleChanged(key_of(whom).public, draw(st.sampled_from(Role))), lamport)
+                kept = tuple(e.hash for e in story.said if draw(st.booleans()))[:20]
+                story.say(who, RoleChanged(key_of(whom).public, draw(st.sampled_from(Role)), kept), lamport)
             case 4:
                 story.say(who, NodeRemoved(key_of(f"{whom}'s node").public), lamport)
             case 5:
@@ -75,7 +80,8 @@ def stories(draw: st.DrawFn) -> Story:
             case 6:
                 story.say(who, PolicySet(bytes([index])), lamport)
             case _:
-                story.say(who, InviteRevoked(key_of(f"word {index % 3}").public), lamport)
+                kept = tuple(e.hash for e in story.said if draw(st.booleans()))[-20:]
+                story.say(who, InviteRevoked(key_of(f"word {index % 3}").public, kept), lamport)
     return story
 
 
@@ -130,12 +136,13 @@ def test_the_open_invites_of_a_removed_admin_are_revoked_and_who_joined_before_s
     story = everyone()
     story.invite("adam", "two uses", uses=2)
     story.join("mark", "lena", "two uses")
-    kept = tuple(event.hash for event in story.said if event.author == key_of("adam").public)
+    kept = kept_of_member(key_of("adam").public, story.said)
     story.say("olga", MemberRemoved(key_of("adam").public, kept))
     story.join("mark", "lars", "two uses")
+    story.join("mark", "lisa", "two uses", lamport=len(story.said) - 3)
     roster = roster_of(story.pod, story.said)
     assert "lena" in names(roster)
-    assert "lars" not in names(roster)
+    assert not {"lars", "lisa"} & names(roster)
     assert roster.invites[key_of("two uses").public].state(NOW_MS) is InviteState.REVOKED
 
 
@@ -164,15 +171,15 @@ def test_nobody_grants_a_role_that_is_not_below_their_own() -> None:
     story.invite("adam", "admin by admin", Role.ADMIN)
     story.invite("olga", "second owner", Role.OWNER)
     story.invite("mark", "by a member", Role.GUEST)
-    story.say("adam", RoleChanged(key_of("mark").public, Role.ADMIN))
-    story.say("olga", RoleChanged(key_of("mira").public, Role.OWNER))
+    story.say("adam", RoleChanged(key_of("mark").public, Role.ADMIN, ()))
+    story.say("olga", RoleChanged(key_of("mira").public, Role.OWNER, ()))
     roster = roster_of(story.pod, story.said)
     assert not {key_of(w).public for w in ("admin by admin", "second owner", "by a member")} & set(
         roster.invites
     )
     assert roster.role_of(key_of("mark").public) is Role.MEMBER
     assert roster.role_of(key_of("mira").public) is Role.MEMBER
-    story.say("olga", RoleChanged(key_of("mark").public, Role.ADMIN))
+    story.say("olga", RoleChanged(key_of("mark").public, Role.ADMIN, ()))
     assert roster_of(story.pod, story.said).role_of(key_of("mark").public) is Role.ADMIN
 
 
@@ -181,7 +188,7 @@ def test_an_invite_admits_nobody_when_expired_revoked_or_used_through_a_guest() 
     for word in ("expired", "revoked", "by guest"):
         story.invite("olga", word)
     story.join("mark", "late", "expired", time_ms=NOW_MS + HOUR_MS + 1)
-    story.say("adam", InviteRevoked(key_of("revoked").public))
+    story.say("adam", InviteRevoked(key_of("revoked").public, ()))
     story.join("mark", "shut", "revoked")
     story.join("gus", "friend", "by guest")
     roster = roster_of(story.pod, story.said)
@@ -291,3 +298,118 @@ def test_an_event_for_another_pod_changes_nothing() -> None:
 def test_invite_body_limits() -> None:
     with pytest.raises(EventError):
         Story().say("olga", InviteIssued(bytes(31), Role.MEMBER, 1, NOW_MS))
+
+
+def test_removals_do_not_undo_the_membership_of_whom_the_remover_does_not_outrank() -> None:
+    story = everyone()
+    story.invite("olga", "for another admin", Role.ADMIN)
+    story.join("mark", "arno", "for another admin")
+    story.invite("adam", "by adam")
+    story.join("mark", "pia", "by adam")
+    story.say("olga", RoleChanged(key_of("pia").public, Role.ADMIN, ()))
+    story.invite("olga", "for lena")
+    story.join("mira", "lena", "for lena")
+    story.say("mira", MemberRemoved(key_of("mira").public, ()))
+    story.say("adam", MemberRemoved(key_of("mark").public, ()), lamport=len(NAMES) * 2)
+    story.say("adam", InviteRevoked(key_of("by adam").public, ()))
+    story.say("adam", MemberRemoved(key_of("adam").public, ()))
+    assert names(roster_of(story.pod, story.said)) == {"olga", "anna", "gus", "arno", "pia", "lena"}
+
+
+def test_only_who_may_remove_a_member_closes_its_invites() -> None:
+    story = everyone()
+    story.invite("adam", "two uses", uses=2)
+    story.join("mark", "lena", "two uses")
+    joined = story.said[-1].lamport
+    story.say("olga", MemberRemoved(key_of("adam").public, kept_of_member(key_of("adam").public, story.said)))
+    story.say("gus", MemberRemoved(key_of("adam").public, ()), lamport=joined - 1)
+    assert "lena" in names(roster_of(story.pod, story.said))
+
+
+def test_nobody_joins_with_a_revoked_invite_by_an_earlier_date_and_who_had_joined_stays() -> None:
+    story = everyone()
+    story.invite("olga", "for admins", Role.ADMIN, uses=3)
+    issued = story.said[-1].lamport
+    story.join("mark", "arno", "for admins")
+    invite = key_of("for admins").public
+    story.say("adam", InviteRevoked(invite, ()))
+    assert "arno" in names(roster_of(story.pod, story.said))
+    story.say("olga", InviteRevoked(invite, kept_of_invite(invite, story.said)))
+    story.join("mark", "evil", "for admins", lamport=issued)
+    story.join("mark", "lars", "for admins")
+    roster = roster_of(story.pod, story.said)
+    assert names(roster) == {*NAMES, "arno"}
+    assert key_of("lars's node").public in roster.former_nodes
+    assert roster.invites[invite].state(NOW_MS) is InviteState.REVOKED
+
+
+def test_an_admin_that_was_demoted_gains_nothing_by_an_earlier_date() -> None:
+    story = everyone()
+    adam = key_of("adam").public
+    story.invite("adam", "before")
+    before = story.said[-1].lamport
+    story.say("olga", RoleChanged(adam, Role.MEMBER, kept_of_member(adam, story.said)))
+    story.invite("adam", "backdated", lamport=before)
+    story.say("adam", PolicySet(b"mine"), lamport=before)
+    story.say("adam", MemberRemoved(key_of("mark").public, ()), lamport=before)
+    story.join("adam", "lena", "before", lamport=before + 1)
+    roster = roster_of(story.pod, story.said)
+    assert names(roster) == {*NAMES, "lena"}
+    assert roster.policy is None
+    assert key_of("backdated").public not in roster.invites
+
+
+def test_who_left_by_itself_can_still_be_removed_with_what_it_backdates() -> None:
+    story = everyone()
+    adam = key_of("adam").public
+    kept = kept_of_member(adam, story.said)
+    story.say("adam", MemberRemoved(adam, kept))
+    story.say("adam", PolicySet(b"mine"), lamport=5)
+    assert roster_of(story.pod, story.said).policy == b"mine"
+    story.say("olga", MemberRemoved(adam, kept))
+    assert roster_of(story.pod, story.said).policy is None
+
+
+def test_the_node_of_a_lost_join_is_known_as_a_former_one() -> None:
+    story = everyone()
+    story.invite("olga", "one use")
+    lamport = len(story.said)
+    story.join("mark", "lena", "one use", lamport)
+    story.join("mira", "lars", "one use", lamport)
+    roster = roster_of(story.pod, story.said)
+    [lost] = roster.lost_joins
+    assert roster.former_nodes[lost.node].member == lost.member
+    assert lost.node not in roster.removed
+
+
+def test_a_member_has_a_limited_number_of_nodes() -> None:
+    story = everyone()
+    for who, limit in (("mark", MAX_NUM_NODES), ("adam", MAX_NUM_ADMIN_NODES)):
+        for index in range(limit + 1):
+            story.say(who, node_added(story.pod, key_of(who).public, key_of(f"{who} {index}"), f"{index}"))
+        assert len(roster_of(story.pod, story.said).nodes_of(key_of(who).public)) == limit
+
+
+def test_a_removal_names_what_others_hang_on_first_when_there_is_too_much() -> None:
+    story = everyone()
+    story.invite("adam", "used")
+    story.join("adam", "lena", "used")
+    needed = {event.hash for event in story.said[-2:]}
+    one = story.say("adam", PolicySet(b""))
+    many = [replace(one, raw=index.to_bytes(4, "big"), lamport=index + 50) for index in range(MAX_NUM_KEPT)]
+    kept = kept_of_member(key_of("adam").public, [*story.said, *many])
+    assert len(kept) == MAX_NUM_KEPT
+    assert needed <= set(kept)
+    assert one.hash not in kept
+
+
+def test_a_hundred_joins_and_ten_leavers_take_little_time() -> None:
+    story = Story()
+    for index in range(100):
+        story.member(f"member {index}")
+    for index in range(10):
+        story.say(f"member {index}", MemberRemoved(key_of(f"member {index}").public, ()))
+    roster_of(story.pod, story.said)
+    started_s = time.process_time()
+    assert len(roster_of(story.pod, story.said).members) == 91
+    assert time.process_time() - started_s < 0.2
