@@ -1,0 +1,53 @@
+"""The pod of three real processes continues prompts exactly as transformers does on the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from node.models.package import build_package
+from node.models.reference import resolve
+from node.models.tokenizer import ChatTokenizer
+from tests.e2e.conftest import MODEL, LocalPod
+
+pytestmark = pytest.mark.processes
+
+NUM_TOKENS = 64
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a village by the sea,",
+    "def fibonacci(n):",
+    "The three laws of motion say that",
+    "1, 2, 3, 5, 8,",
+)
+
+
+def test_five_prompts_give_the_tokens_of_transformers(pod: LocalPod, packages: Path) -> None:
+    """Greedy, float32, 64 tokens. The reference dequantizes the same file by transformers' own means."""
+    tokenizer = ChatTokenizer(build_package(MODEL, "auto", packages).directory)
+    path = resolve(MODEL).weights[0]
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    model.load_state_dict(tensors, strict=False)
+    model.tie_weights()
+    for prompt in PROMPTS:
+        prompt_ids = tokenizer.encode(prompt)
+        reference = model.generate(
+            torch.tensor([prompt_ids]), do_sample=False, max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS
+        )
+        expected = tokenizer.decode(reference[0, len(prompt_ids) :].tolist())
+        done = pod.client(1).completions.create(
+            model=MODEL,
+            prompt=prompt_ids,
+            temperature=0,
+            max_tokens=NUM_TOKENS,
+            extra_body={"min_tokens": NUM_TOKENS},
+        )
+        assert done.usage is not None
+        assert done.usage.completion_tokens == NUM_TOKENS
+        assert done.choices[0].text == expected
