@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ledger.directory import Directory
@@ -25,10 +25,12 @@ from ledger.entry import (
     ReceiptClaimed,
     Transferred,
 )
+from ledger.rate_card import RateCard
 from ledger.receipt import Receipt, SignedReceipt
-from ledger.session_record import Consumption, Hold, Resolution, SessionRecord, SessionState
+from ledger.session_record import Consumption, Hold, Payment, Resolution, SessionRecord, SessionState
 
 SessionKey = tuple[bytes, bytes]
+Payments = Mapping[tuple[int, bytes], Payment]
 
 
 class UnknownPartyError(Exception):
@@ -99,7 +101,7 @@ class Books:
         self._balances: dict[bytes, int] = {TREASURY: 0, ISSUANCE: 0}
         self._grants: dict[bytes, int] = {}
         self._sessions: dict[SessionKey, SessionRecord] = {}
-        self._unresolved: dict[bytes, dict[SessionKey, Hold]] = {}
+        self._unresolved: dict[bytes, dict[tuple[bytes, bytes, bytes], Hold]] = {}
         self._totals: defaultdict[bytes, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._recent: list[tuple[int, bytes, bytes]] = []
 
@@ -123,8 +125,7 @@ class Books:
             case Transferred(from_account=source, to_account=target, amount_microcredits=amount):
                 return _move(source, target, amount)
             case HoldOpened():
-                self._open_hold(entry, body)
-                return []
+                return self._open_hold(entry, body)
             case HoldSettled(receipts=receipts):
                 self._check_parties(receipts)
                 self._resolve(entry, body)
@@ -160,46 +161,56 @@ class Books:
     def _session(self, head: bytes, session: bytes) -> SessionRecord:
         return self._sessions.setdefault((head, session), SessionRecord(head, session))
 
-    def _open_hold(self, entry: Entry, body: HoldOpened) -> None:
+    def _open_hold(self, entry: Entry, body: HoldOpened) -> list[Posting]:
         record = self._session(entry.author, body.session)
         if not record.holds:
             insort(self._recent, (entry.time_ms, entry.author, body.session))
-        before = record.consumption()
-        record.add_hold(body, entry.time_ms)
-        self._count_consumption(before, record.consumption())
+        consumed, paid = record.consumption(), record.payments()
+        record.add_hold(Hold.of(entry.author, body, entry.time_ms))
+        self._count_consumption(consumed, record.consumption())
         if record.resolution is None:
             unresolved = self._unresolved.setdefault(body.payer, {})
-            unresolved[(entry.author, body.session)] = record.holds[body.payer]
+            unresolved[entry.author, body.session, body.key_id] = record.holds[body.payer, body.key_id]
+        return self._pay(paid, record.payments())
 
     def _resolve(self, entry: Entry, body: HoldSettled | HoldVoided) -> None:
         record = self._session(entry.author, body.session)
         before = record.consumption()
         record.resolve(Resolution(entry.index, entry.hash, entry.time_ms, body))
         self._count_consumption(before, record.consumption())
-        for payer in record.holds:
-            self._unresolved.get(payer, {}).pop((entry.author, body.session), None)
+        for payer, key_id in record.holds:
+            self._unresolved.get(payer, {}).pop((entry.author, body.session, key_id), None)
 
     def _check_parties(self, receipts: tuple[SignedReceipt, ...]) -> None:
         for signed in receipts:
             self._stage_member(signed.receipt)
-            self._levy(signed.receipt)
+            self._card(signed.receipt)
 
     def _count(self, signed: SignedReceipt) -> list[Posting]:
         record = self._session(signed.receipt.head, signed.receipt.session)
-        before = record.consumption()
-        outranked = record.count(signed)
-        if outranked == signed.receipt:
-            return []
-        self._count_consumption(before, record.consumption())
-        postings = self._receipt_postings(signed.receipt, 1)
-        if outranked is not None:
-            postings += self._receipt_postings(outranked, -1)
+        consumed, paid = record.consumption(), record.payments()
+        record.count(signed)
+        self._count_consumption(consumed, record.consumption())
+        return self._pay(paid, record.payments())
+
+    def _pay(self, before: Payments, after: Payments) -> list[Posting]:
+        """Take back what is no longer paid, pay what is now."""
+        postings: list[Posting] = []
+        for place in {**before, **after}:
+            old, new = before.get(place), after.get(place)
+            if old == new:
+                continue
+            if old is not None:
+                postings += self._payment_postings(old, -1)
+            if new is not None:
+                postings += self._payment_postings(new, 1)
         return postings
 
-    def _receipt_postings(self, receipt: Receipt, sign: int) -> list[Posting]:
+    def _payment_postings(self, payment: Payment, sign: int) -> list[Posting]:
+        receipt = payment.receipt
         member = self._stage_member(receipt)
-        amount = sign * receipt.amount_microcredits
-        levy = sign * self._levy(receipt)
+        amount = sign * payment.amount_microcredits
+        levy = sign * self._card(receipt).levy(payment.amount_microcredits)
         self._add_totals(receipt.payer, microcredits_spent=amount)
         self._add_totals(
             member,
@@ -216,11 +227,11 @@ class Books:
             raise UnknownPartyError(f"node {receipt.stage[:4].hex()} is not known")
         return member
 
-    def _levy(self, receipt: Receipt) -> int:
+    def _card(self, receipt: Receipt) -> RateCard:
         card = self._directory.rate_card(receipt.rate_card_version)
         if card is None:
             raise UnknownPartyError(f"rate card {receipt.rate_card_version} is not known")
-        return card.levy(receipt.amount_microcredits)
+        return card
 
     def _count_consumption(self, before: Consumption | None, after: Consumption | None) -> None:
         if before == after:
@@ -256,9 +267,9 @@ class Books:
     def _open_holds_of(self, payer: bytes, now_ms: int) -> Iterator[Hold]:
         return (hold for hold in self._unresolved.get(payer, {}).values() if hold.expires_at_ms > now_ms)
 
-    def hold_payers(self, head: bytes, session: bytes) -> tuple[bytes, ...]:
+    def holds_of(self, head: bytes, session: bytes) -> tuple[Hold, ...]:
         record = self._sessions.get((head, session))
-        return tuple(record.holds) if record is not None else ()
+        return tuple(record.holds.values()) if record is not None else ()
 
     def is_resolved(self, head: bytes, session: bytes) -> bool:
         record = self._sessions.get((head, session))
@@ -301,7 +312,8 @@ def _merge(postings: list[Posting]) -> tuple[Posting, ...]:
 
 def _summary(record: SessionRecord, now_ms: int) -> SessionSummary:
     hold = record.holds[min(record.holds)] if record.holds else None
-    receipts = [record.receipts[key].receipt for key in sorted(record.receipts)]
+    payments = [payment for _, payment in sorted(record.payments().items(), key=lambda item: item[0])]
+    receipts = [payment.receipt for payment in payments]
     consumption = record.consumption()
     return SessionSummary(
         head=record.head,
@@ -315,13 +327,14 @@ def _summary(record: SessionRecord, now_ms: int) -> SessionSummary:
         num_prompt_tokens=consumption.num_prompt_tokens if consumption is not None else 0,
         num_cached_tokens=consumption.num_cached_tokens if consumption is not None else 0,
         num_output_tokens=consumption.num_output_tokens if consumption is not None else 0,
-        amount_microcredits=sum(receipt.amount_microcredits for receipt in receipts),
-        stages=tuple(_settled_stage(receipt) for receipt in receipts),
+        amount_microcredits=sum(payment.amount_microcredits for payment in payments),
+        stages=tuple(_settled_stage(payment) for payment in payments),
         num_disputes=record.num_disputes,
     )
 
 
-def _settled_stage(receipt: Receipt) -> SettledStage:
+def _settled_stage(payment: Payment) -> SettledStage:
+    receipt = payment.receipt
     return SettledStage(
         receipt.stage_index,
         receipt.stage,
@@ -330,5 +343,5 @@ def _settled_stage(receipt: Receipt) -> SettledStage:
         receipt.num_prompt_tokens,
         receipt.num_cached_tokens,
         receipt.num_output_tokens,
-        receipt.amount_microcredits,
+        payment.amount_microcredits,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from ledger.entry import HoldOpened
 from ledger.rate_card import RateCard
 
 
@@ -20,6 +21,9 @@ class Directory(Protocol):
 
     def may_act_for(self, node: bytes, account: bytes) -> bool:
         """Whether this node's entries may open this account or move credit out of it (also `treasury`)."""
+
+    def may_charge(self, node: bytes, hold: HoldOpened) -> bool:
+        """Whether `hold.authorization` shows that the payer lets this node open this hold."""
 
     def rate_card(self, version: int) -> RateCard | None:
         """The published rate card of that version."""

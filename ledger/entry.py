@@ -36,6 +36,9 @@ MAX_ENTRY_BYTES = 64 * 1024
 MAX_NUM_RECEIPTS = 128
 MAX_AMOUNT_MICROCREDITS = 2**53
 MAX_REFERENCE_BYTES = 64
+MAX_AUTHORIZATION_BYTES = 1024
+# The last moment that a date with four digits of year can name.
+MAX_TIME_MS = 253_402_300_799_999
 _MAX_COUNT = 2**40
 _MAX_VERSION = 2**32 - 1
 
@@ -94,7 +97,10 @@ class Transferred:
 
 @dataclass(frozen=True, slots=True)
 class HoldOpened:
-    """The head reserves the worst case of a session on the payer's account until `expires_at_ms`."""
+    """The head reserves the worst case of a session on the payer's account until `expires_at_ms`.
+
+    `authorization` proves that the head may charge this payer; empty when it is the head's own member.
+    """
 
     session: bytes
     payer: bytes
@@ -103,6 +109,7 @@ class HoldOpened:
     amount_microcredits: int
     expires_at_ms: int
     rate_card_version: int
+    authorization: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +200,7 @@ def decode_entry(raw: bytes, *, was_checked: bool = False) -> Entry:
             author=reader.raw(2, NODE_ID_BYTES),
             index=reader.uint(3),
             prev_hash=reader.raw(4, HASH_BYTES),
-            time_ms=body_reader.uint(0),
+            time_ms=body_reader.uint(0, MAX_TIME_MS),
             body=_decode_body(reader.uint(5), body_reader),
             signature=reader.raw(7, SIGNATURE_BYTES),
             raw=raw,
@@ -236,6 +243,7 @@ def _body_fields(body: Body) -> tuple[int, tuple[Value, ...]]:
                 body.amount_microcredits,
                 body.expires_at_ms,
                 body.rate_card_version,
+                body.authorization,
             )
         case HoldSettled():
             return 5, (
@@ -285,8 +293,9 @@ def _hold_opened(reader: FieldReader) -> Body:
         key_id=reader.raw(3, KEY_ID_BYTES),
         model=reader.raw(4, MODEL_ID_BYTES),
         amount_microcredits=_amount(reader, 5),
-        expires_at_ms=reader.uint(6),
+        expires_at_ms=reader.uint(6, MAX_TIME_MS),
         rate_card_version=reader.uint(7, _MAX_VERSION),
+        authorization=reader.raw_up_to(8, MAX_AUTHORIZATION_BYTES),
     )
 
 
@@ -339,7 +348,7 @@ _DECODERS: dict[int, tuple[int, Callable[[FieldReader], Body]]] = {
     1: (4, _account_opened),
     2: (3, _issued),
     3: (5, _transferred),
-    4: (8, _hold_opened),
+    4: (9, _hold_opened),
     5: (6, _hold_settled),
     6: (3, _hold_voided),
     7: (2, _receipt_claimed),

@@ -14,6 +14,10 @@ from ledger.directory import Directory
 from ledger.entry import Entry, EntryError, HoldOpened, decode_entry
 from ledger.journal import Journal
 from ledger.rules import EntryRefused, check_entry
+from ledger.session_record import Hold
+
+# A claim may come before the hold it needs, whose author may have waited for another claim, and so on.
+MAX_NUM_PASSES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ class Draft:
         self._old_chains = chains
         self._old_rewinds = rewinds
         self._hashes: dict[tuple[bytes, int], set[bytes]] = {}
-        self._hold_payers: dict[tuple[bytes, bytes], set[bytes]] = {}
+        self._holds: dict[tuple[bytes, bytes], list[Hold]] = {}
         self.accepted: list[Entry] = []
         self.refused: list[Refusal] = []
         self.forked: set[tuple[bytes, int]] = set()
@@ -73,27 +77,35 @@ class Draft:
             else:
                 entries[entry.hash] = entry
         # By index, so that a batch that arrives shuffled needs no second round.
-        for entry in sorted(entries.values(), key=lambda entry: (entry.author, entry.index, entry.hash)):
-            self._offer(entry)
+        pending = sorted(entries.values(), key=lambda entry: (entry.author, entry.index, entry.hash))
+        refusals: list[Refusal] = []
+        for _ in range(MAX_NUM_PASSES):
+            offers = [(entry, self._offer(entry)) for entry in pending]
+            refusals = [refusal for _, refusal in offers if refusal is not None]
+            still_pending = [entry for entry, refusal in offers if refusal is not None]
+            if not still_pending or len(still_pending) == len(pending):
+                break
+            pending = still_pending
+        self.refused += refusals
 
-    def _offer(self, entry: Entry) -> None:
+    def _offer(self, entry: Entry) -> Refusal | None:
         chain = self.chains.get(entry.author) or self._old_chains.get(entry.author) or Chain(entry.author)
         place = chain.place(entry.index, entry.hash, entry.prev_hash, self._hashes_at)
         try:
             match place:
                 case Place.KNOWN:
-                    return
+                    return None
                 case Place.TOO_MANY_BRANCHES:
                     raise EntryRefused("its author forked too often")
                 case Place.GAP:
                     self._note_divergence(entry, chain)
                     raise EntryRefused("the entry before it is not here")
                 case Place.NEXT | Place.BRANCH:
-                    check_entry(entry, self._pod, self._directory, self._payers)
+                    check_entry(entry, self._pod, self._directory, self._holds_of)
         except EntryRefused as refusal:
-            self.refused.append(Refusal(entry.author, entry.index, str(refusal)))
-            return
+            return Refusal(entry.author, entry.index, str(refusal))
         self._accept(entry, place)
+        return None
 
     def _accept(self, entry: Entry, place: Place) -> None:
         if entry.author not in self.chains:
@@ -105,7 +117,8 @@ class Draft:
             self.rewinds[entry.author] = 0
         self._hashes.setdefault((entry.author, entry.index), set()).add(entry.hash)
         if isinstance(entry.body, HoldOpened):
-            self._hold_payers.setdefault((entry.author, entry.body.session), set()).add(entry.body.payer)
+            hold = Hold.of(entry.author, entry.body, entry.time_ms)
+            self._holds.setdefault((entry.author, entry.body.session), []).append(hold)
         self.accepted.append(entry)
 
     def _note_divergence(self, entry: Entry, chain: Chain) -> None:
@@ -117,6 +130,5 @@ class Draft:
     def _hashes_at(self, author: bytes, index: int) -> set[bytes]:
         return self._hashes.get((author, index), set()) | set(self._journal.hashes_at(author, index))
 
-    def _payers(self, author: bytes, session: bytes) -> set[bytes]:
-        stored = self._books.hold_payers(author, session)
-        return self._hold_payers.get((author, session), set()) | set(stored)
+    def _holds_of(self, author: bytes, session: bytes) -> list[Hold]:
+        return [*self._holds.get((author, session), ()), *self._books.holds_of(author, session)]

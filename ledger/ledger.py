@@ -123,7 +123,7 @@ class Ledger:
                 entry = sign_entry(
                     self._pod, self._author, index, prev_hash, self._clock_ms(), body, self._sign
                 )
-                check_entry(entry, self._pod, self._directory, self._books.hold_payers)
+                check_entry(entry, self._pod, self._directory, self._books.holds_of)
             except (EntryError, EntryRefused) as error:
                 raise LedgerError(f"{type(body).__name__} refused: {error}") from error
             self._commit([entry])
@@ -133,7 +133,7 @@ class Ledger:
     def _check_hold_is_unresolved(self, body: Body) -> None:
         match body:
             case HoldOpened(session=session):
-                if self._books.hold_payers(self._author, session):
+                if self._books.holds_of(self._author, session):
                     raise LedgerError("HoldOpened refused: this session has a hold already")
             case HoldSettled(session=session) | HoldVoided(session=session):
                 if self._books.is_resolved(self._author, session):

@@ -257,7 +257,10 @@ _COUNTS = ("num_prompt_tokens", "num_cached_tokens", "num_output_tokens")
 
 
 def check_against_count(receipt: Receipt, own: WorkCount) -> None:
-    """Raise Dispute unless the stage may co-sign: same terms, no token above its count, a risen sequence."""
+    """Raise Dispute unless the stage may co-sign: same terms, no token above its count, a risen sequence.
+
+    With the first output token the whole prompt is due: it was computed before that token was made.
+    """
     for name in _TERMS:
         if getattr(receipt, name) != getattr(own, name):
             raise Dispute(f"{name} is not what the session was opened with")
@@ -266,6 +269,8 @@ def check_against_count(receipt: Receipt, own: WorkCount) -> None:
     for name in _COUNTS:
         if getattr(receipt, name) > getattr(own, name):
             raise Dispute(f"{name} is {getattr(receipt, name)}, the stage counted {getattr(own, name)}")
+    if receipt.num_output_tokens > 0 and receipt.num_prompt_tokens != own.num_prompt_tokens:
+        raise Dispute(f"num_prompt_tokens is {receipt.num_prompt_tokens}, not {own.num_prompt_tokens}")
     if receipt.amount_microcredits != expected_amount(receipt, own.rate_card):
         raise Dispute("the amount is not the price of the counts")
     if own.last is not None:

@@ -23,26 +23,27 @@ from ledger.entry import (
 )
 from ledger.rate_card import RateCard
 from ledger.receipt import Receipt, ReceiptError, SignedReceipt, expected_amount, verify_head, verify_stage
+from ledger.session_record import Hold
 
-# (author, session) -> the payers of the holds that this author opened for the session.
-HoldPayers = Callable[[bytes, bytes], Collection[bytes]]
+# (author, session) -> the holds that this author opened for the session.
+HoldsOf = Callable[[bytes, bytes], Collection[Hold]]
 
 
 class EntryRefused(Exception):
     """The entry breaks a rule; the message is one line that says which."""
 
 
-def check_entry(entry: Entry, pod: bytes, directory: Directory, hold_payers: HoldPayers) -> None:
+def check_entry(entry: Entry, pod: bytes, directory: Directory, holds_of: HoldsOf) -> None:
     """Raise EntryRefused unless the entry may count. Its place in the chain is checked elsewhere."""
     _require(entry.pod == pod, "it belongs to another pod")
     _require(directory.member_of_node(entry.author) is not None, "its author is not a node of this pod")
-    _check_body(entry, directory, hold_payers)
+    _check_body(entry, directory, holds_of)
     _require(entry.is_signed_by_author(), "signature does not match")
     for signed, must_be_co_signed in _receipts_of(entry):
         _check_signatures(signed, must_be_co_signed)
 
 
-def _check_body(entry: Entry, directory: Directory, hold_payers: HoldPayers) -> None:
+def _check_body(entry: Entry, directory: Directory, holds_of: HoldsOf) -> None:
     body = entry.body
     match body:
         case AccountOpened():
@@ -58,15 +59,20 @@ def _check_body(entry: Entry, directory: Directory, hold_payers: HoldPayers) -> 
             may_act = directory.may_act_for(entry.author, body.from_account)
             _require(may_act, "its author may not move credit out of this account")
         case HoldOpened():
+            _require(body.amount_microcredits > 0, "the hold's amount is not above zero")
             _require(body.expires_at_ms > entry.time_ms, "the hold expires before it opens")
             _card(directory, body.rate_card_version)
+            _require(_may_charge(entry, body, directory), "its author may not charge this payer")
         case HoldSettled():
-            _check_settlement(entry, body, directory, hold_payers)
+            _check_settlement(entry, body, directory, holds_of(entry.author, body.session))
         case HoldVoided():
-            _require(bool(hold_payers(entry.author, body.session)), "its author opened no such hold")
+            _require(bool(holds_of(entry.author, body.session)), "its author opened no such hold")
         case ReceiptClaimed(receipt=signed):
             _require(signed.receipt.stage == entry.author, "the claimed receipt is another stage's")
             _check_receipt(signed.receipt, entry.pod, directory)
+            limit = _limit(signed.receipt, holds_of(signed.receipt.head, signed.receipt.session))
+            _require(limit > 0, "its head opened no such hold")
+            _require(signed.receipt.amount_microcredits <= limit, "its receipt would exceed the hold")
         case Disputed(receipt=signed) if signed is not None:
             _require(signed.receipt.stage == entry.author, "the disputed receipt is another stage's")
             _require(signed.receipt.session == body.session, "the disputed receipt is another session's")
@@ -74,16 +80,29 @@ def _check_body(entry: Entry, directory: Directory, hold_payers: HoldPayers) -> 
             pass
 
 
-def _check_settlement(entry: Entry, body: HoldSettled, directory: Directory, hold_payers: HoldPayers) -> None:
-    payers = hold_payers(entry.author, body.session)
-    _require(bool(payers), "its author opened no such hold")
+def _may_charge(entry: Entry, hold: HoldOpened, directory: Directory) -> bool:
+    is_own = hold.payer == directory.member_of_node(entry.author) and not hold.authorization
+    return is_own or directory.may_charge(entry.author, hold)
+
+
+def _check_settlement(entry: Entry, body: HoldSettled, directory: Directory, holds: Collection[Hold]) -> None:
+    _require(bool(holds), "its author opened no such hold")
     _require(body.num_cached_tokens <= body.num_prompt_tokens, "more cached tokens than prompt tokens")
     for signed in body.receipts:
         receipt = signed.receipt
         _require(receipt.head == entry.author, "a receipt is another head's")
         _require(receipt.session == body.session, "a receipt is another session's")
-        _require(receipt.payer in payers, "a receipt's payer is not the hold's")
+        _require(_limit(receipt, holds) > 0, "a receipt's payer or key is not the hold's")
         _check_receipt(receipt, entry.pod, directory)
+    amount = sum(signed.receipt.amount_microcredits for signed in body.receipts)
+    limit = min((_limit(signed.receipt, holds) for signed in body.receipts), default=0)
+    _require(amount <= limit, "its receipts would exceed the hold")
+
+
+def _limit(receipt: Receipt, holds: Collection[Hold]) -> int:
+    """The amount that the head held of this payer through this key; 0 if it did not."""
+    payer = (receipt.payer, receipt.key_id)
+    return max((hold.amount_microcredits for hold in holds if (hold.payer, hold.key_id) == payer), default=0)
 
 
 def _check_receipt(receipt: Receipt, pod: bytes, directory: Directory) -> None:

@@ -6,6 +6,7 @@ the order in which entries arrive leaves no trace. It knows no balances.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -34,6 +35,19 @@ class Hold:
     opened_ms: int
     expires_at_ms: int
 
+    @staticmethod
+    def of(author: bytes, body: HoldOpened, opened_ms: int) -> Hold:
+        return Hold(
+            author,
+            body.session,
+            body.payer,
+            body.key_id,
+            body.model,
+            body.amount_microcredits,
+            opened_ms,
+            body.expires_at_ms,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
@@ -43,6 +57,14 @@ class Resolution:
     hash: bytes
     time_ms: int
     body: HoldSettled | HoldVoided
+
+
+@dataclass(frozen=True, slots=True)
+class Payment:
+    """What a receipt moves from its payer: never more than the hold leaves room for."""
+
+    receipt: Receipt
+    amount_microcredits: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +79,7 @@ class Consumption:
 
 @dataclass(slots=True)
 class SessionRecord:
-    """Mutable, owned by `Books`. `receipts` is keyed by (stage index, stage node).
+    """Mutable, owned by `Books`. `holds` is keyed by (payer, key id), `receipts` by (stage index, stage).
 
     The stage is part of the key because a head could otherwise void one stage's pay by signing a higher
     sequence for another node at the same place in the route.
@@ -65,40 +87,48 @@ class SessionRecord:
 
     head: bytes
     session: bytes
-    holds: dict[bytes, Hold] = field(default_factory=dict)
+    holds: dict[tuple[bytes, bytes], Hold] = field(default_factory=dict)
     resolution: Resolution | None = None
     receipts: dict[tuple[int, bytes], SignedReceipt] = field(default_factory=dict)
     num_disputes: int = 0
 
-    def add_hold(self, body: HoldOpened, time_ms: int) -> None:
-        hold = Hold(
-            self.head,
-            self.session,
-            body.payer,
-            body.key_id,
-            body.model,
-            body.amount_microcredits,
-            time_ms,
-            body.expires_at_ms,
-        )
-        self.holds[body.payer] = max(self.holds.get(body.payer, hold), hold, key=_hold_rank)
+    def add_hold(self, hold: Hold) -> None:
+        """Of several of one payer and key (a head that forked), the one that costs the most counts."""
+        place = (hold.payer, hold.key_id)
+        known = self.holds.get(place)
+        if known is None or _hold_rank(hold) > _hold_rank(known):
+            self.holds[place] = hold
 
     def resolve(self, resolution: Resolution) -> None:
         if self.resolution is None or _place(resolution) < _place(self.resolution):
             self.resolution = resolution
 
-    def count(self, signed: SignedReceipt) -> Receipt | None:
-        """Keep the receipt if it outranks the one that counted; return the one that no longer counts."""
-        key = (signed.receipt.stage_index, signed.receipt.stage)
-        counted = self.receipts.get(key)
+    def count(self, signed: SignedReceipt) -> None:
+        """Keep the receipt if it outranks the one that counted."""
+        place = (signed.receipt.stage_index, signed.receipt.stage)
+        counted = self.receipts.get(place)
         if counted is None or receipt_rank(signed.receipt) > receipt_rank(counted.receipt):
-            self.receipts[key] = signed
-            return counted.receipt if counted is not None else None
-        return signed.receipt
+            self.receipts[place] = signed
 
     def counts(self, receipt: Receipt) -> bool:
         counted = self.receipts.get((receipt.stage_index, receipt.stage))
         return counted is not None and counted.receipt == receipt
+
+    def payments(self) -> dict[tuple[int, bytes], Payment]:
+        """What each counting receipt pays: its amount, or its share when all together exceed the hold.
+
+        A share and not a refusal, because which claim came first is not the same on every replica.
+        """
+        totals: defaultdict[tuple[bytes, bytes], int] = defaultdict(int)
+        for signed in self.receipts.values():
+            totals[_payer(signed.receipt)] += signed.receipt.amount_microcredits
+        payments = {}
+        for place, signed in self.receipts.items():
+            hold, total = self.holds.get(_payer(signed.receipt)), totals[_payer(signed.receipt)]
+            limit = hold.amount_microcredits if hold is not None else 0
+            amount = signed.receipt.amount_microcredits
+            payments[place] = Payment(signed.receipt, amount if total <= limit else amount * limit // total)
+        return payments
 
     def state(self, now_ms: int) -> SessionState:
         """A resolution after the deadline finds an expired hold; its receipts count all the same."""
@@ -114,7 +144,9 @@ class SessionRecord:
 
     def consumption(self) -> Consumption | None:
         """What the payer was given: as settled, else the most that any counting receipt says."""
-        payers = list(self.holds) or [signed.receipt.payer for signed in self.receipts.values()]
+        payers = [payer for payer, _ in self.holds] or [
+            signed.receipt.payer for signed in self.receipts.values()
+        ]
         body = self.resolution.body if self.resolution is not None else None
         if payers and isinstance(body, HoldSettled):
             return Consumption(
@@ -134,6 +166,10 @@ class SessionRecord:
 def receipt_rank(receipt: Receipt) -> tuple[int, int, bytes]:
     """The highest sequence counts; a head that signs one sequence twice pays the higher of the two."""
     return receipt.sequence, receipt.amount_microcredits, receipt.encode()
+
+
+def _payer(receipt: Receipt) -> tuple[bytes, bytes]:
+    return receipt.payer, receipt.key_id
 
 
 def _hold_rank(hold: Hold) -> tuple[int, int, int, bytes, bytes]:

@@ -16,6 +16,7 @@ from ledger.directory import Directory
 from ledger.entry import FIRST_PREV_HASH, Entry, EntryError, HoldOpened, HoldSettled, HoldVoided, decode_entry
 from ledger.journal import Journal, Record
 from ledger.rules import EntryRefused, check_entry
+from ledger.session_record import Hold
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -74,10 +75,11 @@ def audit_places(evidence: Evidence) -> list[Violation]:
 
 def audit_rules(evidence: Evidence) -> list[Violation]:
     """Signatures, receipts, prices and authority of every entry."""
-    holds: dict[tuple[bytes, bytes], set[bytes]] = {}
+    holds: dict[tuple[bytes, bytes], list[Hold]] = {}
     for record, entry in evidence.entries:
         if isinstance(entry.body, HoldOpened):
-            holds.setdefault((record.author, entry.body.session), set()).add(entry.body.payer)
+            hold = Hold.of(record.author, entry.body, entry.time_ms)
+            holds.setdefault((record.author, entry.body.session), []).append(hold)
     violations: list[Violation] = []
     for record, entry in evidence.entries:
         try:

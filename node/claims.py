@@ -1,30 +1,57 @@
-"""Receipts this node's stages co-signed, kept until their head has settled; claimed when it never does.
+"""Receipts this node's stages co-signed, kept until they count; claimed when their head lets them down.
 
-A head that vanished leaves a hold that expires: then the stage presents the head's own signature. Voided
-requests are not claimed. Kept in memory and bounded; knows no engine.
+A head may vanish (its hold expires), settle without them, or hold far beyond its deadline: then the stage
+presents the head's own signature. Voided requests are not claimed. In memory and bounded; knows no engine.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 
 from ledger.entry import ReceiptClaimed
-from ledger.ledger import Ledger
+from ledger.journal import JournalError
+from ledger.ledger import Ledger, LedgerError
 from ledger.receipt import ReceiptError, SignedReceipt
 from ledger.session_record import SessionState
 from node.ledger_thread import LedgerThread
+from node.sessions.head import HOLD_GRACE_S, SESSION_DEADLINE_S
 
 log = logging.getLogger(__name__)
 
 MAX_NUM_RECEIPTS = 10_000
+# By then an honest head has settled or its hold has expired, and its entries have travelled.
+PATIENCE_S = SESSION_DEADLINE_S + 2 * HOLD_GRACE_S
+
+
+class _Verdict(Enum):
+    WAIT = "wait"
+    FORGET = "forget"
+    CLAIM = "claim"
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """`since_s` is when the first receipt of this session's stage came."""
+
+    signed: SignedReceipt
+    since_s: float
 
 
 class Claims:
-    def __init__(self, ledger: LedgerThread) -> None:
+    def __init__(self, ledger: LedgerThread, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._ledger = ledger
-        self._held: OrderedDict[tuple[bytes, bytes, int], SignedReceipt] = OrderedDict()
+        self._clock_s = clock_s
+        self._held: OrderedDict[tuple[bytes, bytes, int], _Held] = OrderedDict()
+
+    @property
+    def num_held(self) -> int:
+        return len(self._held)
 
     def hold(self, raw: bytes) -> None:
         """Keep the newest receipt of a session's stage."""
@@ -34,27 +61,46 @@ class Claims:
             log.warning("the engine held what is no receipt: %s", error)
             return
         receipt = signed.receipt
-        self._held[(receipt.head, receipt.session, receipt.stage_index)] = signed
+        place = (receipt.head, receipt.session, receipt.stage_index)
+        known = self._held.get(place)
+        self._held[place] = _Held(signed, known.since_s if known else self._clock_s())
         while len(self._held) > MAX_NUM_RECEIPTS:
             self._held.popitem(last=False)
 
     async def check(self) -> int:
-        """Forget what is settled or voided, claim what has expired. Returns how many were claimed."""
+        """Forget what counts or is voided, claim what is due. Returns how many were claimed."""
         num_claimed = 0
-        for place, signed in list(self._held.items()):
-            state = await self._ledger.run(partial(_state, signed))
-            if state is SessionState.OPEN:
-                continue
-            self._held.pop(place, None)
-            if state is SessionState.EXPIRED:
-                await self._ledger.append(ReceiptClaimed(signed))
-                num_claimed += 1
+        for place, held in list(self._held.items()):
+            is_overdue = self._clock_s() - held.since_s > PATIENCE_S
+            verdict = await self._ledger.run(partial(_verdict, held.signed, is_overdue))
+            is_claimed = verdict is _Verdict.CLAIM and await self._claim(held.signed)
+            num_claimed += is_claimed
+            is_done = is_claimed or verdict is _Verdict.FORGET or (is_overdue and verdict is _Verdict.CLAIM)
+            # While the ledger was asked the engine may have held a newer one.
+            if is_done and self._held.get(place) is held:
+                del self._held[place]
         return num_claimed
 
+    async def _claim(self, signed: SignedReceipt) -> bool:
+        try:
+            await self._ledger.append(ReceiptClaimed(signed))
+        except (LedgerError, JournalError) as error:
+            log.warning("a receipt of session %s cannot be claimed: %s", signed.receipt.session.hex(), error)
+            return False
+        return True
 
-def _state(signed: SignedReceipt, ledger: Ledger) -> SessionState:
-    """OPEN as well while the head's entries have not arrived here."""
+
+def _verdict(signed: SignedReceipt, is_overdue: bool, ledger: Ledger) -> _Verdict:
     if ledger.counts(signed.receipt):
-        return SessionState.SETTLED
+        return _Verdict.FORGET
     summary = ledger.session(signed.receipt.head, signed.receipt.session)
-    return summary.state if summary is not None else SessionState.OPEN
+    match summary.state if summary is not None else None:
+        case None | SessionState.CLAIMED:
+            # The head never opened a hold, or its entries have not arrived here.
+            return _Verdict.FORGET if is_overdue else _Verdict.WAIT
+        case SessionState.OPEN:
+            return _Verdict.CLAIM if is_overdue else _Verdict.WAIT
+        case SessionState.VOIDED:
+            return _Verdict.FORGET
+        case _:
+            return _Verdict.CLAIM

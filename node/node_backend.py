@@ -9,6 +9,7 @@ import asyncio
 import hmac
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from functools import partial
 
 from ledger.entry import ISSUANCE, TREASURY
 from ledger.rate_card import DEFAULT_RATE_CARD
@@ -39,13 +40,16 @@ from node.ledger_thread import LedgerThread
 from node.models.errors import ModelError
 from node.models.tokenizer import ChatTokenizer
 from node.pod_state import PodState
+from node.sessions.authorization import Authorize, authorize, fits
 from node.sessions.head import Head, SessionRequest
 from node.sessions.session import HeadSession
-from pod.api_key import ApiKeyError, parse_bearer, verify
+from pod.api_key import ApiKeyError, decode_delegation, parse_bearer, verify
+from pod.identity import KeyPair
 
 LOCAL_KEY_ID = bytes(16)
 MAX_NUM_RECENT = 30
 MAX_NUM_SPEEDS = 1000
+MAX_NUM_KEYS = 1000
 
 _REQUEST_STATES = {
     SessionState.OPEN: RequestState.OPEN,
@@ -76,6 +80,8 @@ class NodeBackend:
         self._clock_ms = clock_ms
         # Decode speed of sessions this node was the head of; the ledger does not know it.
         self._speeds: OrderedDict[bytes, float] = OrderedDict()
+        # The keys of callers, by key id; they sign holds here and go nowhere else.
+        self._keys: OrderedDict[bytes, KeyPair] = OrderedDict()
 
     async def authenticate(self, bearer: str) -> Caller:
         roster = self._state.roster
@@ -85,12 +91,30 @@ class NodeBackend:
                 raise KeyRefused("this node is no longer in the pod")
             return Caller(member, member_name(roster, member), LOCAL_KEY_ID)
         try:
-            _, delegation = parse_bearer(bearer)
+            key, delegation = parse_bearer(bearer)
             verify(delegation, roster, self._clock_ms())
         except ApiKeyError as error:
             raise KeyRefused(str(error)) from None
+        if delegation.member != roster.member_of_node(self._node) and not fits(delegation):
+            raise KeyRefused("the API key names too many models to be used at another member's node")
+        self._keep_key(delegation.key_id, key)
         name = member_name(roster, delegation.member)
         return Caller(delegation.member, name, delegation.key_id, delegation.encode(), delegation.models)
+
+    def _keep_key(self, key_id: bytes, key: KeyPair) -> None:
+        self._keys[key_id] = key
+        self._keys.move_to_end(key_id)
+        while len(self._keys) > MAX_NUM_KEYS:
+            self._keys.popitem(last=False)
+
+    def _authorize(self, caller: Caller) -> Authorize | None:
+        """How to prove that the caller lets this node charge it; None when it is this node's own member."""
+        if caller.delegation is None or caller.member == self._state.roster.member_of_node(self._node):
+            return None
+        key = self._keys.get(caller.key_id)
+        if key is None:
+            raise KeyRefused("this node has forgotten the API key; send the request again")
+        return partial(authorize, decode_delegation(caller.delegation), key.sign, self._node)
 
     def may_view(self, member: bytes, key_id: bytes) -> bool:
         roster = self._state.roster
@@ -140,6 +164,7 @@ class NodeBackend:
                 manifest=entry.manifest,
                 prompt_ids=request.prompt_ids,
                 sampling=request.sampling,
+                authorize=self._authorize(caller),
             ),
             DEFAULT_RATE_CARD,
         )

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ledger.entry import TREASURY
+from ledger.entry import TREASURY, HoldOpened
 from ledger.rate_card import DEFAULT_RATE_CARD, RateCard
+from node.sessions.authorization import is_authorized
 from pod.roster.roster import Roster
 
 
@@ -32,6 +33,11 @@ class RosterDirectory:
         if account == TREASURY:
             return member == self._roster().owner.id
         return member == account
+
+    def may_charge(self, node: bytes, hold: HoldOpened) -> bool:
+        roster = self._roster()
+        is_member = hold.payer in roster.members or hold.payer in roster.former_members
+        return is_member and is_authorized(roster.pod, node, hold)
 
     def rate_card(self, version: int) -> RateCard | None:
         return DEFAULT_RATE_CARD if version == DEFAULT_RATE_CARD.version else None

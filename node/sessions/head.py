@@ -32,6 +32,7 @@ from node.links.head_links import HeadLinks
 from node.links.port import LinkDown, LinkFull
 from node.links.subscriptions import LinkLost, Received, Subscription
 from node.models.manifest import Manifest
+from node.sessions.authorization import Authorize
 from node.sessions.receipts import SessionReceipts
 from node.sessions.session import HeadSession
 from node.sessions.terms import SessionTerms
@@ -64,7 +65,7 @@ FindRoute = Callable[[bytes, frozenset[bytes]], tuple[Stage, ...]]
 
 @dataclass(frozen=True, slots=True)
 class SessionRequest:
-    """One prompt to continue, and who pays for it."""
+    """One prompt to continue, and who pays for it; `authorize` when that is not this node's own member."""
 
     payer: bytes
     key_id: bytes
@@ -72,6 +73,7 @@ class SessionRequest:
     manifest: Manifest
     prompt_ids: tuple[int, ...]
     sampling: Sampling
+    authorize: Authorize | None = None
 
 
 class _NotOpened(Exception):
@@ -112,49 +114,55 @@ class Head:
         return len(self._sessions)
 
     async def open(self, request: SessionRequest, rate_card: RateCard) -> HeadSession:
-        """Hold, route, stages. Raises NoRoute with nothing left open; cancelled, likewise."""
+        """Route, stages, hold, start. Raises NoRoute with nothing left open; cancelled, likewise."""
         if len(self._sessions) >= MAX_NUM_SESSIONS:
             raise NoRoute(f"this node already runs {MAX_NUM_SESSIONS} requests")
-        now_ms = self._clock_ms()
-        terms = SessionTerms(
+        session = await self._open_somewhere(request, rate_card)
+        self._sessions[session.terms.session] = session
+        return session
+
+    def _terms(
+        self, request: SessionRequest, rate_card: RateCard, route: tuple[Stage, ...], deadline_ms: int
+    ) -> SessionTerms:
+        """A new session for each attempt: what a stage still says of an earlier one is not heard."""
+        return SessionTerms(
             session=secrets.token_bytes(16),
             head=self._node,
             payer=request.payer,
             key_id=request.key_id,
             model=request.model,
             manifest=request.manifest,
-            route=(),
+            route=route,
             prompt_ids=request.prompt_ids,
             sampling=request.sampling,
             rate_card=rate_card,
-            deadline_ms=now_ms + SESSION_DEADLINE_S * 1000,
+            deadline_ms=deadline_ms,
         )
-        hold_microcredits = terms.worst_case_microcredits()
+
+    async def _hold(self, terms: SessionTerms, authorize: Authorize | None) -> None:
+        """Open the hold. Whoever stops waiting leaves none open: what was queued is written, then voided."""
         hold = HoldOpened(
             session=terms.session,
             payer=terms.payer,
             key_id=terms.key_id,
             model=terms.model,
-            amount_microcredits=hold_microcredits,
+            amount_microcredits=terms.worst_case_microcredits(),
             expires_at_ms=terms.deadline_ms + HOLD_GRACE_S * 1000,
-            rate_card_version=rate_card.version,
+            rate_card_version=terms.rate_card.version,
         )
+        if authorize is not None:
+            hold = replace(hold, authorization=authorize(hold))
         opening = asyncio.ensure_future(self._ledger.append(hold))
         try:
             await asyncio.shield(opening)
-            session = await self._open_somewhere(terms, hold_microcredits)
-        except BaseException as error:
-            reason = VoidReason.NO_ROUTE if isinstance(error, NoRoute) else VoidReason.FAILED
-            await self._own(self._void_after(opening, terms.session, reason))
+        except asyncio.CancelledError:
+            await self._own(self._void_after(opening, terms.session))
             raise
-        self._sessions[terms.session] = session
-        return session
 
-    async def _void_after(self, opening: asyncio.Future[Any], session: bytes, reason: VoidReason) -> Usage:
-        """A hold that was queued is written before it is voided, whoever stopped waiting for it."""
+    async def _void_after(self, opening: asyncio.Future[Any], session: bytes) -> Usage:
         await asyncio.wait([opening])
         if opening.exception() is None:
-            await self._ledger.append(HoldVoided(session, reason))
+            await self._ledger.append(HoldVoided(session, VoidReason.CANCELLED))
         return Usage(0, 0, 0)
 
     async def _own(self, work: Coroutine[Any, Any, Usage]) -> Usage:
@@ -164,22 +172,24 @@ class Head:
         task.add_done_callback(self._endings.discard)
         return await asyncio.shield(task)
 
-    async def _open_somewhere(self, terms: SessionTerms, hold_microcredits: int) -> HeadSession:
+    async def _open_somewhere(self, request: SessionRequest, rate_card: RateCard) -> HeadSession:
         """Try routes until one opens, waiting for room or for a route within the limits above."""
         loop = asyncio.get_running_loop()
         began_s = loop.time()
+        deadline_ms = self._clock_ms() + SESSION_DEADLINE_S * 1000
         avoided: frozenset[bytes] = frozenset()
         while True:
             waited_s = loop.time() - began_s
             try:
-                route = self._find_route(terms.model, avoided)
+                route = self._find_route(request.model, avoided)
             except NoRoute:
                 if waited_s > WAIT_FOR_ROUTE_S:
                     raise
                 avoided = frozenset()
             else:
                 try:
-                    return await self._open_route(replace(terms, route=route), hold_microcredits)
+                    terms = self._terms(request, rate_card, route, deadline_ms)
+                    return await self._open_route(terms, request.authorize)
                 except _NotOpened as refusal:
                     if refusal.code not in _WORTH_ANOTHER_ROUTE or waited_s > WAIT_FOR_ROOM_S:
                         raise NoRoute(str(refusal)) from None
@@ -189,15 +199,23 @@ class Head:
                         avoided |= {refusal.node}
             await asyncio.sleep(random.uniform(*RETRY_DELAY_S))  # noqa: S311 - spreads retries, no secret
 
-    async def _open_route(self, terms: SessionTerms, hold_microcredits: int) -> HeadSession:
+    async def _open_route(self, terms: SessionTerms, authorize: Authorize | None) -> HeadSession:
+        """Stages first, so that an attempt that fails leaves nothing in the ledger; none computes before
+        it is started, and that is after the hold is durable."""
         subscription = self._links.subscribe(terms.session)
+        is_held = False
         try:
             await self._connect(terms)
             async with asyncio.timeout(OPEN_TIMEOUT_S):
-                await self._open_stages(terms, hold_microcredits, subscription)
+                await self._open_stages(terms, subscription)
+            await self._hold(terms, authorize)
+            is_held = True
+            self._links.send(terms.route[0].node, StartSession(terms.session))
         except BaseException as error:
             self._close_stages(terms)
             subscription.close()
+            if is_held:
+                await self._own(self._void(terms.session))
             match error:
                 case TimeoutError():
                     last = terms.route[-1].node
@@ -209,6 +227,10 @@ class Head:
             raise
         receipts = SessionReceipts(self._pod, terms, self._sign)
         return HeadSession(terms, self._links, subscription, receipts, self._end)
+
+    async def _void(self, session: bytes) -> Usage:
+        await self._ledger.append(HoldVoided(session, VoidReason.FAILED))
+        return Usage(0, 0, 0)
 
     async def _connect(self, terms: SessionTerms) -> None:
         async def connect_stage(stage: Stage) -> None:
@@ -222,24 +244,22 @@ class Head:
             if isinstance(result, BaseException):
                 raise result
 
-    async def _open_stages(
-        self, terms: SessionTerms, hold_microcredits: int, subscription: Subscription
-    ) -> None:
-        """One round trip: every stage reserves its KV room, then the first is told to start."""
+    async def _open_stages(self, terms: SessionTerms, subscription: Subscription) -> None:
+        """One round trip: every stage reserves its KV room."""
         for index, stage in enumerate(terms.route):
-            self._links.send(stage.node, terms.open_frame(index, hold_microcredits))
-        waiting = {stage.node for stage in terms.route}
+            self._links.send(stage.node, terms.open_frame(index))
+        on_route = {stage.node for stage in terms.route}
+        waiting = set(on_route)
         while waiting:
             match await subscription.next():
                 case Received(node=node, frame=SessionOpened()):
                     waiting.discard(node)
-                case Received(node=node, frame=SessionError(code=code, message=message)):
+                case Received(node=node, frame=SessionError(code=code, message=message)) if node in on_route:
                     raise _NotOpened(node, code, message)
-                case LinkLost(node=node, reason=reason) if node in waiting:
+                case LinkLost(node=node, reason=reason) if node in on_route:
                     raise _NotOpened(node, ErrorCode.NEXT_HOP_UNREACHABLE, f"a stage's link: {reason}")
                 case _:
                     pass
-        self._links.send(terms.route[0].node, StartSession(terms.session))
 
     def _close_stages(self, terms: SessionTerms) -> None:
         for stage in terms.route:
@@ -253,15 +273,17 @@ class Head:
     async def _finish(self, session: HeadSession, num_output_tokens: int) -> Usage:
         terms = session.terms
         try:
-            if session.failed or num_output_tokens == 0:
+            if session.failed or max(num_output_tokens, session.num_signed_tokens) == 0:
                 self._close_stages(terms)
                 reason = VoidReason.FAILED if session.failed else VoidReason.CANCELLED
                 await self._ledger.append(HoldVoided(terms.session, reason))
                 return Usage(0, 0, 0)
-            receipts = await session.collect_receipts(num_output_tokens)
-            settled = HoldSettled(terms.session, len(terms.prompt_ids), 0, num_output_tokens, receipts)
+            # A stage signs no count below its last one: what was signed is the least that is settled.
+            num_settled_tokens = max(num_output_tokens, session.num_signed_tokens)
+            receipts = await session.collect_receipts(num_settled_tokens)
+            settled = HoldSettled(terms.session, len(terms.prompt_ids), 0, num_settled_tokens, receipts)
             await self._ledger.append(settled)
-            return Usage(len(terms.prompt_ids), 0, num_output_tokens)
+            return Usage(len(terms.prompt_ids), 0, num_settled_tokens)
         finally:
             self._sessions.pop(terms.session, None)
             session.release()

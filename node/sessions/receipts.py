@@ -33,6 +33,10 @@ class SessionReceipts:
         self._pending: dict[int, Receipt] = {}
         self._co_signed: dict[int, SignedReceipt] = {}
 
+    @property
+    def num_signed_tokens(self) -> int:
+        return self._num_signed_tokens
+
     def is_due(self, num_output_tokens: int) -> bool:
         return num_output_tokens - self._num_signed_tokens >= SIGN_EVERY_NUM_TOKENS
 
@@ -81,12 +85,10 @@ class SessionReceipts:
         if newer and self._pending.get(receipt.stage_index) == receipt:
             self._co_signed[receipt.stage_index] = signed
 
-    def is_complete(self) -> bool:
-        """Whether every stage has co-signed the newest receipt."""
-        return all(
-            (signed := self._co_signed.get(index)) is not None and signed.receipt.sequence == self._sequence
-            for index in range(len(self._terms.route))
-        )
+    def is_co_signed(self, stage_index: int) -> bool:
+        """Whether that stage has co-signed the newest receipt."""
+        signed = self._co_signed.get(stage_index)
+        return signed is not None and signed.receipt.sequence == self._sequence
 
     def co_signed(self) -> tuple[SignedReceipt, ...]:
         return tuple(self._co_signed[index] for index in sorted(self._co_signed))

@@ -76,7 +76,7 @@ class HeadSession:
         match event:
             case Received(node=node, frame=TokenBatch(items=items)) if node == route[-1].node:
                 return [self._take_token(item) for item in items]
-            case Received(node=node, frame=SessionError(message=message)):
+            case Received(node=node, frame=SessionError(message=message)) if self._is_on_route(node):
                 raise self._failure(f"the stage {self._stage_text(node)} gave up: {message}")
             case LinkLost(node=node, reason=reason) if self._is_on_route(node):
                 raise self._failure(f"the stage {self._stage_text(node)} is gone: {reason}")
@@ -95,6 +95,8 @@ class HeadSession:
         return GenerationFailed(message)
 
     def _take_token(self, item: TokenItem) -> GeneratedToken:
+        if self._finished:
+            raise self._failure("a token came after the last one")
         expected = len(self.terms.prompt_ids) + len(self.token_ids)
         if item.position != expected:
             raise self._failure(f"a token for position {item.position} came, {expected} was due")
@@ -102,10 +104,14 @@ class HeadSession:
         self.first_token_s = self.first_token_s or now_s
         self.last_token_s = now_s
         self.token_ids.append(item.token_id)
-        self._finished = item.finish_reason is not FinishReason.NONE
+        finish_reason = item.finish_reason
+        if len(self.token_ids) == self.terms.sampling.max_num_output_tokens:
+            # Whatever the stage means: past the limit nothing is signed, for the hold covers no more.
+            finish_reason = finish_reason or FinishReason.LENGTH
+        self._finished = finish_reason is not FinishReason.NONE
         if self._receipts.is_due(len(self.token_ids)) and not self._finished:
             self._send_receipts(len(self.token_ids))
-        return GeneratedToken(item.token_id, item.finish_reason)
+        return GeneratedToken(item.token_id, finish_reason)
 
     def _note(self, event: Event) -> None:
         match event:
@@ -122,27 +128,32 @@ class HeadSession:
                 self._links.send(stage.node, frame)
 
     async def collect_receipts(self, num_output_tokens: int) -> tuple[SignedReceipt, ...]:
-        """Sign what was delivered, close every stage, and wait a little for their signatures.
+        """Sign this many, close every stage, and wait a little for their signatures.
 
-        A stage that is gone by now is settled at what it signed last; it can claim the rest itself.
+        A stage that is gone or gave up is settled at what it signed last; it can claim the rest itself.
         """
         self._send_receipts(num_output_tokens)
         for stage in self.terms.route:
             with contextlib.suppress(LinkDown, LinkFull):
                 self._links.send(stage.node, CloseSession(self.terms.session))
-        waiting_for = {stage.node for stage in self.terms.route}
+        waiting_for = {stage.node: index for index, stage in enumerate(self.terms.route)}
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CO_SIGN_TIMEOUT_S):
-                while not self._receipts.is_complete() and waiting_for:
+                while waiting_for:
                     event = await self._subscription.next()
                     self._note(event)
-                    if isinstance(event, LinkLost):
-                        waiting_for.discard(event.node)
+                    index = waiting_for.get(event.node)
+                    if index is not None and (_is_last(event) or self._receipts.is_co_signed(index)):
+                        del waiting_for[event.node]
         return self._receipts.co_signed()
 
     async def settle(self, num_output_tokens: int) -> Usage:
-        """End the session: settled at `num_output_tokens`, or voided when it failed or delivered nothing."""
+        """End the session: settled at `num_output_tokens` or what is signed; voided at 0 or if it failed."""
         return await self._end(self, min(num_output_tokens, len(self.token_ids)))
+
+    @property
+    def num_signed_tokens(self) -> int:
+        return self._receipts.num_signed_tokens
 
     def release(self) -> None:
         self._subscription.close()
@@ -153,3 +164,8 @@ class HeadSession:
         if self.first_token_s is None or self.last_token_s is None or len(self.token_ids) < 2:
             return None
         return (len(self.token_ids) - 1) / max(self.last_token_s - self.first_token_s, 1e-9)
+
+
+def _is_last(event: Event) -> bool:
+    """Whether this stage will say nothing more of the session."""
+    return isinstance(event, LinkLost) or isinstance(event.frame, SessionError)

@@ -34,10 +34,15 @@ class SessionTerms:
         return price(self.rate_card, num_parameters, len(self.prompt_ids), 0, num_output_tokens)
 
     def worst_case_microcredits(self) -> int:
-        """The price if every allowed output token is made."""
-        return sum(self.stage_price(stage, self.sampling.max_num_output_tokens) for stage in self.route)
+        """The price if every allowed output token is made, over any route; above 0 for the smallest model."""
+        num_layers = self.manifest.num_layers
+        num_parameters = self.manifest.stage_num_parameters(0, num_layers)
+        num_output_tokens = self.sampling.max_num_output_tokens
+        whole = price(self.rate_card, num_parameters, len(self.prompt_ids), 0, num_output_tokens)
+        # Each of at most `num_layers` stages is rounded by less than one microcredit.
+        return whole + num_layers
 
-    def open_frame(self, stage_index: int, hold_microcredits: int) -> OpenSession:
+    def open_frame(self, stage_index: int) -> OpenSession:
         """Prompt ids go to the first stage only, and only here."""
         return OpenSession(
             session=self.session,
@@ -47,7 +52,7 @@ class SessionTerms:
             head=self.head,
             payer=self.payer,
             key_id=self.key_id,
-            hold_microcredits=hold_microcredits,
+            hold_microcredits=self.worst_case_microcredits(),
             num_prompt_tokens=len(self.prompt_ids),
             sampling=self.sampling,
             deadline_ms=self.deadline_ms,

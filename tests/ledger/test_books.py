@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,6 +99,7 @@ def story() -> list[Entry]:
         (1, WORLD.hold(session_id(1), payer=1)),
         (1, WORLD.hold(session_id(1), payer=2, amount_microcredits=5)),
         (2, ReceiptClaimed(WORLD.head_signed(other_head))),
+        (1, WORLD.hold(session_id(1), payer=1, amount_microcredits=900_000)),
         (0, WORLD.hold(session_id(2), payer=1)),
         (0, HoldVoided(session_id(2), VoidReason.CANCELLED)),
         (0, WORLD.hold(session_id(3), payer=2)),
@@ -149,11 +152,42 @@ def test_a_receipt_in_settle_and_claim_counts_once() -> None:
     assert everything(books_of(claimed)) == everything(books_of(settled))
 
 
+def test_a_session_never_pays_more_than_its_hold() -> None:
+    """Claims one by one are within the hold; together they share it, in whatever order they come."""
+    first = WORLD.receipt(session_id(1), stage=1)
+    second = WORLD.receipt(session_id(1), stage=2, num_output_tokens=50, stage_index=1)
+    total = first.amount_microcredits + second.amount_microcredits
+    held = second.amount_microcredits
+    entries = written(
+        (0, WORLD.hold(session_id(1), amount_microcredits=held)),
+        (1, ReceiptClaimed(WORLD.head_signed(first))),
+        (2, ReceiptClaimed(WORLD.head_signed(second))),
+    )
+    for order in permutations(entries):
+        books = books_of(list(order))
+        shares = [held * receipt.amount_microcredits // total for receipt in (first, second)]
+        assert books.balance(A) == -sum(shares)
+        assert books.balance(B) == shares[0] - DEFAULT_RATE_CARD.levy(shares[0])
+        assert books.balance(C) == shares[1] - DEFAULT_RATE_CARD.levy(shares[1])
+        assert held - 2 < sum(shares) <= held
+        summary = books.session(WORLD.nodes[0].public, session_id(1), START_MS)
+        assert summary is not None
+        assert summary.amount_microcredits == sum(shares)
+
+
+def test_without_a_hold_nothing_is_paid() -> None:
+    receipt = WORLD.receipt(session_id(1))
+    entries = written(
+        (0, WORLD.hold(session_id(1), payer=1)), (1, ReceiptClaimed(WORLD.head_signed(receipt)))
+    )
+    assert books_of(entries).balance(A) == 0
+
+
 def test_a_lower_sequence_does_nothing_and_a_higher_one_replaces() -> None:
     low = WORLD.receipt(session_id(1), sequence=1, num_output_tokens=5)
     high = WORLD.receipt(session_id(1), sequence=2, num_output_tokens=9)
     claims = [(1, ReceiptClaimed(WORLD.head_signed(receipt))) for receipt in (low, high, low)]
-    books = books_of(written(*claims))
+    books = books_of(written((0, WORLD.hold(session_id(1))), *claims))
     assert books.balance(A) == -high.amount_microcredits
     assert books.counts(high)
     assert not books.counts(low)
@@ -165,7 +199,11 @@ def test_a_head_cannot_take_back_a_stages_pay_with_a_receipt_for_another_node() 
     first = WORLD.receipt(session_id(1), stage=1, sequence=1)
     second = WORLD.receipt(session_id(1), stage=2, sequence=9)
     books = books_of(
-        written((1, ReceiptClaimed(WORLD.head_signed(first))), (2, ReceiptClaimed(WORLD.head_signed(second))))
+        written(
+            (0, WORLD.hold(session_id(1))),
+            (1, ReceiptClaimed(WORLD.head_signed(first))),
+            (2, ReceiptClaimed(WORLD.head_signed(second))),
+        )
     )
     assert books.balance(B) == books.balance(C) > 0
 

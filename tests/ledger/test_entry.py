@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from ledger import canonical
 from ledger.entry import (
     FIRST_PREV_HASH,
     MAX_ENTRY_BYTES,
+    MAX_TIME_MS,
     TREASURY,
     AccountOpened,
     Body,
@@ -121,6 +123,7 @@ def test_the_rebuilt_entry_is_sound() -> None:
         rebuilt(index=2**63),
         rebuilt(author=b"short"),
         rebuilt(body=5),
+        rebuilt(body=canonical.fields(MAX_TIME_MS + 1, 5, b"")),
         rebuilt(body=canonical.fields(START_MS, -5, b"")),
         rebuilt(body=canonical.fields(START_MS, 2**54, b"")),
         rebuilt(body=canonical.fields(START_MS, 5, b"x" * 65)),
@@ -140,6 +143,7 @@ def test_malformed_entries_are_refused(raw: bytes) -> None:
 def test_an_own_entry_past_the_limits_is_not_made() -> None:
     node = WORLD.nodes[0]
     signed = WORLD.co_signed(WORLD.receipt(session_id(1)))
-    for body in (Issued(-1), Issued(2**60), HoldSettled(session_id(1), 1, 0, 1, (signed,) * 129)):
+    long_hold = replace(WORLD.hold(session_id(1)), authorization=bytes(1025))
+    for body in (long_hold, Issued(-1), Issued(2**60), HoldSettled(session_id(1), 1, 0, 1, (signed,) * 129)):
         with pytest.raises(EntryError):
             sign_entry(POD, node.public, 0, FIRST_PREV_HASH, START_MS, body, node.sign)

@@ -25,8 +25,8 @@ from ledger.entry import (
 )
 from ledger.journal import JournalError
 from ledger.ledger import Ledger, LedgerError
-from ledger.receipt import co_sign
-from tests.ledger.world import POD, START_MS, Key, World, raws, session_id
+from ledger.receipt import Receipt, SignedReceipt, co_sign
+from tests.ledger.world import KEY, POD, START_MS, Key, World, raws, session_id
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_entries_are_numbered_chained_and_dated(world: World) -> None:
 def test_a_key_used_at_somebody_elses_gateway(world: World) -> None:
     ledger = world.ledger(0)
     receipt = world.receipt(session_id(1), payer=2, stage=1)
-    ledger.append(world.hold(session_id(1), payer=2))
+    ledger.append(world.hold(session_id(1), payer=2, head=0))
     ledger.append(world.settlement(session_id(1), receipt))
     assert ledger.balance(world.members[2]) == -receipt.amount_microcredits
     assert sum(ledger.balances().values()) == 0
@@ -115,10 +115,30 @@ def receipt_of_a_stranger(world: World) -> Body:
     return replace(world.settlement(session_id(1)), receipts=(signed,))
 
 
+def two_receipts_above_the_hold(world: World) -> Body:
+    """Each is within the hold of 10 credits, both together are not."""
+    receipts = [
+        world.receipt(session_id(1), stage=stage, stage_index=stage, num_output_tokens=120)
+        for stage in (0, 1)
+    ]
+    assert all(receipt.amount_microcredits <= 10_000_000 for receipt in receipts)
+    return world.settlement(session_id(1), *receipts)
+
+
+def dear_receipt(world: World) -> Receipt:
+    receipt = world.receipt(session_id(1), num_output_tokens=1_000)
+    assert receipt.amount_microcredits > 10_000_000
+    return receipt
+
+
+def unheld_receipt(world: World, session: int = 1, payer: int = 0, key_id: bytes = KEY) -> SignedReceipt:
+    return world.head_signed(replace(world.receipt(session_id(session), payer=payer), key_id=key_id))
+
+
 RULES: list[tuple[str, int, Refused]] = [
     ("amount is not the price", 0, bad_settlement(amount_microcredits=1)),
     ("another head's", 0, bad_settlement(head=1)),
-    ("payer is not the hold's", 0, bad_settlement(payer=1)),
+    ("payer or key is not the hold's", 0, bad_settlement(payer=1)),
     ("another session's", 0, receipt_of_another_session),
     ("another pod", 0, receipt_of_another_pod),
     ("stage's signature", 0, unsigned_by_stage),
@@ -130,6 +150,18 @@ RULES: list[tuple[str, int, Refused]] = [
     ("more cached", 0, lambda world: replace(world.settlement(session_id(1)), num_cached_tokens=5)),
     ("expires before", 0, lambda world: replace(world.hold(session_id(2)), expires_at_ms=START_MS)),
     ("rate card 9", 0, lambda world: replace(world.hold(session_id(2)), rate_card_version=9)),
+    ("may not charge", 0, lambda world: world.hold(session_id(2), payer=1)),
+    ("may not charge", 0, lambda world: replace(world.hold(session_id(2), payer=1), authorization=b"forged")),
+    ("not above zero", 0, lambda world: world.hold(session_id(2), amount_microcredits=0)),
+    ("exceed the hold", 0, two_receipts_above_the_hold),
+    ("exceed the hold", 1, lambda world: ReceiptClaimed(world.head_signed(dear_receipt(world)))),
+    ("its head opened no such hold", 1, lambda world: ReceiptClaimed(unheld_receipt(world, session=2))),
+    ("its head opened no such hold", 1, lambda world: ReceiptClaimed(unheld_receipt(world, payer=1))),
+    (
+        "its head opened no such hold",
+        1,
+        lambda world: ReceiptClaimed(unheld_receipt(world, key_id=b"L" * 16)),
+    ),
     ("may not issue", 1, lambda world: Issued(5)),
     ("not above zero", 0, lambda world: Issued(0)),
     ("may not open", 1, lambda world: AccountOpened(world.members[2], 1)),
@@ -164,15 +196,14 @@ def test_a_broken_rule_is_refused_when_writing_and_when_receiving(
 ) -> None:
     """What an honest node refuses to write, every node refuses to take from one that is not honest."""
     writer, reader = world.ledger(author), world.ledger(2)
-    hold = world.ledger(0).append(world.hold(session_id(1))) if author == 0 else None
-    if hold is not None:
-        writer.ingest([hold.raw])
-        reader.ingest([hold.raw])
+    hold = world.ledger(0).append(world.hold(session_id(1)))
+    writer.ingest([hold.raw])
+    reader.ingest([hold.raw])
     body, before = make(world), (writer.digest(), reader.digest())
     with pytest.raises(LedgerError, match=reason):
         writer.append(body)
     node = world.nodes[author]
-    index, prev_hash = (1, hold.hash) if hold is not None else (0, FIRST_PREV_HASH)
+    index, prev_hash = (1, hold.hash) if author == 0 else (0, FIRST_PREV_HASH)
     forced = sign_entry(POD, node.public, index, prev_hash, START_MS, body, node.sign)
     result = reader.ingest([forced.raw])
     assert result.num_new == 0
@@ -212,6 +243,23 @@ def test_a_refused_entry_is_taken_once_the_roster_knows_more(world: World) -> No
     assert ledger.ingest([entry.raw]).num_new == 0
     world.directory.members[world.nodes[1].public] = member
     assert ledger.ingest([entry.raw]).num_new == 1
+
+
+def test_a_claim_waits_for_its_hold_and_is_taken_with_it(world: World) -> None:
+    head, stage = world.ledger(2), world.ledger(0)
+    hold = head.append(world.hold(session_id(1), payer=2))
+    stage.ingest([hold.raw])
+    claim = stage.append(
+        ReceiptClaimed(world.head_signed(world.receipt(session_id(1), head=2, stage=0, payer=2)))
+    )
+    alone, together = world.ledger(1), world.ledger(1)
+    assert alone.ingest([claim.raw]).num_new == 0
+    assert alone.ingest([hold.raw]).num_new == 1
+    assert alone.ingest([claim.raw]).num_new == 1
+    # Whatever the authors' order: a batch that holds both needs no second round.
+    result = together.ingest([claim.raw, hold.raw])
+    assert (result.num_new, result.refused) == (2, ())
+    assert together.digest() == alone.digest() == stage.digest()
 
 
 def test_ingest_takes_a_shuffled_and_doubled_batch_once(world: World) -> None:

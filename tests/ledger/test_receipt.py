@@ -114,6 +114,13 @@ def test_one_token_above_the_own_count_is_a_dispute(name: str) -> None:
         check_against_count(RECEIPT, replace(own, **{name: getattr(own, name) - 1}))
 
 
+def test_a_prompt_that_is_not_fully_signed_is_a_dispute_once_there_is_output() -> None:
+    own = replace(own_count(), num_cached_tokens=0)
+    with pytest.raises(Dispute, match="num_prompt_tokens"):
+        check_against_count(WORLD.receipt(session_id(1), num_prompt_tokens=0), own)
+    check_against_count(WORLD.receipt(session_id(1), num_prompt_tokens=4, num_output_tokens=0), own)
+
+
 @pytest.mark.parametrize("name", ["payer", "key_id", "head", "stage", "session", "pod", "model", "end_layer"])
 def test_other_terms_are_a_dispute(name: str) -> None:
     own = own_count()

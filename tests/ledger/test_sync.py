@@ -39,7 +39,7 @@ def work(world: World, ledgers: list[Ledger], choice: random.Random, num_session
     for number in range(num_sessions):
         head, payer = choice.randrange(3), choice.randrange(3)
         session = session_id(number)
-        ledgers[head].append(world.hold(session, payer=payer))
+        ledgers[head].append(world.hold(session, payer=payer, head=head))
         receipts = [
             world.receipt(session, head=head, payer=payer, stage=stage, stage_index=stage)
             for stage in choice.sample(range(3), choice.randint(1, 2))
@@ -49,6 +49,7 @@ def work(world: World, ledgers: list[Ledger], choice: random.Random, num_session
         if choice.random() < 0.4:
             stage = choice.choice(receipts)
             claim = ReceiptClaimed(world.co_signed(stage))
+            ledgers[stage.stage_index].ingest(raws(ledgers[head]))
             ledgers[stage.stage_index].append(claim)
 
 

@@ -110,7 +110,7 @@ def test_an_entry_changed_with_its_hash_breaks_the_chain_behind_it(copied: Path)
         3,
         genuine.prev_hash,
         START_MS,
-        WORLD.hold(session_id(1), amount_microcredits=1),
+        WORLD.hold(session_id(1), amount_microcredits=9_000_000),
         node.sign,
     )
     overwrite(copied, 3, resigned.raw, with_hash=True)
@@ -167,7 +167,7 @@ def test_lies_in_well_signed_entries_are_named() -> None:
         f"entry 1 of {NAME}: a receipt's amount is not the price of its counts"
     ]
     assert violations_of(hold, WORLD.settlement(session_id(1), receipt(payer=1))) == [
-        f"entry 1 of {NAME}: a receipt's payer is not the hold's"
+        f"entry 1 of {NAME}: a receipt's payer or key is not the hold's"
     ]
     assert violations_of(hold, void, WORLD.settlement(session_id(1), receipt())) == [
         f"entry 2 of {NAME}: its hold was already resolved by entry 1"

@@ -18,6 +18,7 @@ MODEL = b"M" * 32
 KEY = b"K" * 16
 START_MS = 1_800_000_000_000
 NUM_PARAMETERS = 45_000_000
+KEY_SHOWN = b"made with the payer's key"
 
 
 class Key:
@@ -43,6 +44,9 @@ class FakeDirectory:
 
     def may_act_for(self, node: bytes, account: bytes) -> bool:
         return self.members.get(node) == account or (account == TREASURY and node in self.admins)
+
+    def may_charge(self, node: bytes, hold: HoldOpened) -> bool:
+        return hold.authorization == KEY_SHOWN
 
     def rate_card(self, version: int) -> RateCard | None:
         return self.cards.get(version)
@@ -125,7 +129,14 @@ class World:
     def _key_of(self, public: bytes) -> Key:
         return next(node for node in self.nodes if node.public == public)
 
-    def hold(self, session: bytes, payer: int = 0, amount_microcredits: int = 10_000_000) -> HoldOpened:
+    def hold(
+        self,
+        session: bytes,
+        payer: int = 0,
+        amount_microcredits: int = 10_000_000,
+        head: int | None = None,
+    ) -> HoldOpened:
+        """`head` is whose node opens it; the payer's own if it is not named."""
         return HoldOpened(
             session=session,
             payer=self.members[payer],
@@ -134,6 +145,7 @@ class World:
             amount_microcredits=amount_microcredits,
             expires_at_ms=self.clock.now_ms + 60_000,
             rate_card_version=1,
+            authorization=b"" if head in (None, payer) else KEY_SHOWN,
         )
 
     def settlement(self, session: bytes, *receipts: Receipt) -> HoldSettled:
