@@ -164,17 +164,20 @@ async def _ask(
 ) -> RosterLog:
     """One round trip unless the roster is larger than a page."""
     log = RosterLog(None, pod=invite.pod)
+    num_received = 0
     for _ in range(MAX_NUM_PAGES):
-        request = encode_record(JoinRequest(draft, len(log)))
+        request = encode_record(JoinRequest(draft, num_received))
         raw = await transport.request(peer, "join", request, JOIN_TIMEOUT_S)
         try:
             answer = decode_record(JoinAnswer, raw, 4 * MAX_PAGE_BYTES)
-            num_new = len(log.add_all([decode_event(event) for event in decode_page(answer.page)]))
+            page = decode_page(answer.page)
+            log.add_possible([decode_event(event) for event in page])
+            num_received += len(page)
             if not answer.more and node in log.roster.nodes and peer in log.roster.nodes:
                 return log
         except (DecodeError, EventError, RosterError) as error:
             raise JoinError(f"the answer makes no sense: {error}") from None
-        if not num_new:
+        if not page:
             break
     raise JoinError("the answer does not make this node a member of the invite's pod")
 

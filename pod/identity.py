@@ -21,7 +21,7 @@ from pod import base58
 
 # Multihash "identity" of a protobuf-encoded Ed25519 public key, as libp2p defines peer ids.
 _PEER_ID_PREFIX = bytes.fromhex("002408011220")
-_SIGNATURE_BYTES = 64
+SIGNATURE_BYTES = 64
 # Fixed dates: membership is decided by the roster, never by a certificate's clock.
 _NOT_BEFORE = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
 _NOT_AFTER = datetime.datetime(9999, 12, 31, 23, 59, 59, tzinfo=datetime.UTC)
@@ -150,9 +150,9 @@ def node_of_certificate(der: bytes) -> bytes:
             raise IdentityError("the certificate's key is not Ed25519")
         node = public_key.public_bytes_raw()
         expected = _certificate(node, Ed25519PrivateKey.generate())
-        if der[:-_SIGNATURE_BYTES] != expected[:-_SIGNATURE_BYTES]:
+        if der[:-SIGNATURE_BYTES] != expected[:-SIGNATURE_BYTES]:
             raise IdentityError("not a node certificate as this pod's nodes make them")
-        public_key.verify(der[-_SIGNATURE_BYTES:], parsed.tbs_certificate_bytes)
+        public_key.verify(der[-SIGNATURE_BYTES:], parsed.tbs_certificate_bytes)
     except IdentityError:
         raise
     except (InvalidSignature, ValueError, TypeError) as error:

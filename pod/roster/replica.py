@@ -4,15 +4,17 @@ events the other lacks in the order they are applied. Knows no network.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
 
 from pod.canonical import DecodeError, decode, encode
 from pod.gossip import MAX_PIECE_BYTES
-from pod.roster.events import Event, EventError, decode_event
+from pod.roster.events import Event, EventError, MemberJoined, MemberRemoved, RoleChanged, decode_event
 from pod.roster.log import RosterLog
 
 SHORT_HASH_BYTES = 8
+MAX_NUM_UNWANTED = 4096
 
 log = logging.getLogger("pod.roster")
 
@@ -25,12 +27,15 @@ class RosterReplica:
     def __init__(self, roster_log: RosterLog, on_new: Callable[[list[Event]], None]) -> None:
         self._log = roster_log
         self._on_new = on_new
+        self._unwanted: dict[bytes, None] = {}
 
     def digest(self) -> bytes:
         return self._log.digest()
 
     def summary(self) -> bytes:
-        return b"".join(event.hash[:SHORT_HASH_BYTES] for event in self._log.events())
+        """With what was refused: it need not be sent again before the rest."""
+        held = [event.hash[:SHORT_HASH_BYTES] for event in self._log.events()]
+        return b"".join([*held, *self._unwanted])
 
     def missing(self, summary: bytes) -> tuple[bytes, bool]:
         starts = range(0, len(summary), SHORT_HASH_BYTES)
@@ -39,25 +44,35 @@ class RosterReplica:
         return event_page(lacking, MAX_PIECE_BYTES)
 
     async def ingest(self, peer: bytes, payload: bytes) -> int:
+        page = decode_page(payload)
         events = []
-        for raw in decode_page(payload):
+        for raw in page:
             try:
                 events.append(decode_event(raw))
             except EventError as error:
                 log.warning("a roster event from %s is refused: %s", peer.hex()[:8], error)
-        new = self._add(events)
+        try:
+            new, refused = self._log.add_possible(events)
+        except OSError as error:
+            log.error("the roster cannot be written: %s", error.strerror)
+            return 0
+        for reason in set(map(str, refused.values())):
+            log.warning("roster events from %s are refused: %s", peer.hex()[:8], reason)
+        self._remember_unwanted(page, new)
         if new:
             self._on_new(new)
         return len(new)
 
-    def _add(self, events: list[Event]) -> list[Event]:
-        new = []
-        for event in events:
-            try:
-                new += self._log.add_all([event])
-            except EventError as error:
-                log.warning("a roster event is refused: %s", error)
-        return new
+    def _remember_unwanted(self, page: list[bytes], new: list[Event]) -> None:
+        if any(isinstance(event.body, MemberJoined | RoleChanged | MemberRemoved) for event in new):
+            # What was refused may be welcome now.
+            self._unwanted.clear()
+        for raw in page:
+            hash = hashlib.sha256(raw).digest()
+            if hash not in self._log:
+                self._unwanted[hash[:SHORT_HASH_BYTES]] = None
+        while len(self._unwanted) > MAX_NUM_UNWANTED:
+            del self._unwanted[next(iter(self._unwanted))]
 
 
 def event_page(events: list[Event], max_bytes: int) -> tuple[bytes, bool]:
