@@ -7,12 +7,14 @@ together; the head closes it. One thread owns all state; links and loaders only 
 
 from __future__ import annotations
 
+import heapq
 import logging
-import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -22,10 +24,12 @@ from torch import Tensor
 from ledger.rate_card import DEFAULT_RATE_CARD, RateCard
 from ledger.receipt import Dispute, Sign
 from node.engine.attention import PagedStep, Span
+from node.engine.dialler import Dial, Dialler
 from node.engine.events import EngineEvent, ReceiptHeld, SessionEnded
+from node.engine.inbox import Inbox
 from node.engine.loaded import LoadedShard
 from node.engine.meter import Meter
-from node.engine.opening import Refusal, find_shard
+from node.engine.opening import Refusal, find_shard, packed_ids
 from node.engine.outbox import Outbox, rows_tensor
 from node.engine.sampling import Draw, finish_reason, sample
 from node.engine.scheduler import Slice, StepLimits, schedule
@@ -55,11 +59,18 @@ log = logging.getLogger(__name__)
 MakeLinks = Callable[[FrameCallback, DownCallback, DownCallback], StageLinks]
 Answer = TypeVar("Answer")
 
-CONNECT_TIMEOUT_S = 5.0
 BULK_RETRY_S = 0.002
 STOP_TIMEOUT_S = 10.0
 MAX_WAIT_S = 3600.0
 MAX_NUM_UNSIGNED_OUTPUT_TOKENS = 256
+MAX_NUM_ENTRIES_PER_STEP = 256
+MAX_ENTRIES_S = 0.02
+MAX_NUM_SESSIONS = 4096
+MAX_NUM_SESSIONS_PER_HEAD = 1024
+MAX_SESSION_MS = 3600_000
+MAX_UNSTARTED_MS = 30_000
+# The rows of a later stage may stand behind other prompts at the stages before it.
+MAX_UNFED_MS = 600_000
 
 
 class Engine:
@@ -74,28 +85,36 @@ class Engine:
         on_event: Callable[[EngineEvent], None],
         clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         limits: StepLimits | None = None,
+        on_crash: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_crash` is called when the loop cannot go on: nothing is served any more."""
         self._node = node
         self._pod = pod
         self._sign = sign
         self._on_event = on_event
         self._clock_ms = clock_ms
         self._limits = limits or StepLimits()
-        self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._on_crash = on_crash
+        self._inbox = Inbox()
         self._shards: list[LoadedShard] = []
         self._rate_cards: dict[int, RateCard] = {DEFAULT_RATE_CARD.version: DEFAULT_RATE_CARD}
         self._sessions: dict[bytes, StageSession] = {}
         self._ready: dict[bytes, StageSession] = {}
-        self._next_deadline_ms: int | None = None
+        self._num_sessions: Counter[bytes] = Counter()
+        self._deadlines: list[tuple[int, bytes]] = []
         self._is_stopping = False
-        self._dialler = ThreadPoolExecutor(max_workers=4, thread_name_prefix="engine-dial")
         self._thread = threading.Thread(target=self._loop, name="engine-loop", daemon=True)
         self.links = make_links(
-            lambda peer, frame: self._post(self._frame_arrived, peer, frame),
-            lambda peer, reason: self._post(self._link_went_down, peer, reason),
-            lambda head, reason: self._post(self._head_went_down, head, reason),
+            lambda peer, frame: self._inbox.put_frame(partial(self._frame_arrived, peer, frame), peer),
+            lambda peer, reason: self._inbox.put(partial(self._link_went_down, peer, reason), peer),
+            lambda head, reason: self._inbox.put(partial(self._head_went_down, head, reason), head),
         )
         self._outbox = Outbox(self.links)
+        self._dialler = Dialler(
+            self.links,
+            self._sessions.__contains__,
+            lambda dial, problem: self._post(self._dialled, dial, problem),
+        )
 
     # What other threads ask for.
 
@@ -106,7 +125,8 @@ class Engine:
         """Ends every session with SHUTTING_DOWN and closes the links."""
         self._post(self._shut_down)
         self._thread.join(STOP_TIMEOUT_S)
-        self._dialler.shutdown(wait=False, cancel_futures=True)
+        self._inbox.close()
+        self._dialler.close()
         self.links.close()
 
     def add_shard(self, loaded: LoadedShard) -> None:
@@ -126,13 +146,17 @@ class Engine:
     # The loop.
 
     def _loop(self) -> None:
-        with torch.inference_mode():
-            while not self._is_stopping:
-                self._drain_inbox(wait=not self._ready)
-                if self._ready and not self.step():
-                    # All that waits, waits for a next hop to read on; nothing tells when it does.
-                    self._drain_inbox(wait=True, timeout_s=BULK_RETRY_S)
-                self._end_overdue()
+        try:
+            with torch.inference_mode():
+                while not self._is_stopping:
+                    self._drain_inbox(wait=not self._ready)
+                    if self._ready and not self.step():
+                        # All that waits, waits for a next hop to read on; nothing tells when it does.
+                        self._drain_inbox(wait=True, timeout_s=BULK_RETRY_S)
+                    self._end_overdue()
+        except Exception:
+            log.exception("the batch loop failed")
+            self._on_crash()
 
     def step(self) -> bool:
         """Schedule, run, sample, send. False when nothing could be scheduled."""
@@ -283,6 +307,8 @@ class Engine:
             self._end(session, ErrorCode.BAD_FRAME, str(error))
         else:
             self._ready[session.id] = session
+            if position == 0:
+                self._set_deadline(session, session.end_ms)
 
     def _open(self, peer: bytes, opening: OpenSession) -> None:
         if opening.session in self._sessions:
@@ -290,19 +316,21 @@ class Engine:
         try:
             session = self._admit(peer, opening)
         except Refusal as refusal:
-            self._tell_head(
-                peer, SessionError(opening.session, opening.stage_index, refusal.code, str(refusal))
-            )
+            error = SessionError(opening.session, opening.stage_index, refusal.code, str(refusal))
+            self._send_to_head(peer, error)
             return
         self._sessions[session.id] = session
-        self._find_next_deadline()
-        if len(opening.route) == 1:
-            self._next_hop_connected(session, None)
-        else:
-            self._dialler.submit(self._dial, session)
+        self._num_sessions[peer] += 1
+        wait_ms = MAX_UNSTARTED_MS if session.is_first_stage else MAX_UNFED_MS
+        self._set_deadline(session, min(session.end_ms, self._clock_ms() + wait_ms))
+        self._connect_next_hop(session)
 
     def _admit(self, peer: bytes, opening: OpenSession) -> StageSession:
         """Check, then reserve KV room for the whole session. Raises Refusal."""
+        if (num_open := self._num_sessions[peer]) >= MAX_NUM_SESSIONS_PER_HEAD:
+            raise Refusal(ErrorCode.NO_KV_ROOM, f"{num_open} sessions of this head are open here already")
+        if (num_open := len(self._sessions)) >= MAX_NUM_SESSIONS:
+            raise Refusal(ErrorCode.NO_KV_ROOM, f"{num_open} sessions are open here already")
         loaded = find_shard(opening, self._node, peer, self._shards)
         rate_card = self._rate_cards.get(opening.rate_card_version)
         if rate_card is None:
@@ -315,48 +343,63 @@ class Engine:
             raise Refusal(ErrorCode.NO_KV_ROOM, f"{num_tokens} tokens of KV room needed, {room} are free")
         stage = opening.route[opening.stage_index]
         num_parameters = loaded.manifest.stage_num_parameters(stage.start_layer, stage.end_layer)
-        meter = Meter(opening, self._pod, num_parameters, rate_card)
-        return StageSession(opening, loaded, loaded.cache.open(num_tokens), meter)
+        kept = replace(opening, prompt_ids=())
+        return StageSession(
+            opening=kept,
+            loaded=loaded,
+            table=loaded.cache.open(num_tokens),
+            meter=Meter(kept, self._pod, num_parameters, rate_card),
+            end_ms=min(opening.deadline_ms, self._clock_ms() + MAX_SESSION_MS),
+            prompt_ids=packed_ids(opening.prompt_ids),
+        )
 
-    def _dial(self, session: StageSession) -> None:
-        """On a dialling thread: the token path never waits for a handshake."""
-        route = session.opening.route
-        stage = route[(session.opening.stage_index + 1) % len(route)]
-        try:
-            self.links.connect(stage.node, stage.data_address, CONNECT_TIMEOUT_S)
-            problem = None
-        except LinkDown as error:
-            problem = str(error)
-        self._post(self._next_hop_connected, session, problem)
-
-    def _next_hop_connected(self, session: StageSession, problem: str | None) -> None:
-        if self._sessions.get(session.id) is not session:
+    def _connect_next_hop(self, session: StageSession) -> None:
+        """The head is told that the session is open when the hop is there, at once if it is already."""
+        opening = session.opening
+        if len(opening.route) == 1 or self.links.is_connected(session.next_node):
+            self._tell(session, SessionOpened(session.id, opening.stage_index))
             return
-        if problem is not None:
-            self._end(session, ErrorCode.NEXT_HOP_UNREACHABLE, f"the next stage is unreachable: {problem}")
-        else:
-            self._tell_head(session.opening.head, SessionOpened(session.id, session.opening.stage_index))
+        try:
+            self._dialler.request(opening.head, session.id, session.next_stage)
+        except LinkDown as error:
+            self._hop_is_unreachable(session, str(error))
+
+    def _dialled(self, dial: Dial, problem: str | None) -> None:
+        for session_id in self._dialler.finish(dial):
+            session = self._sessions.get(session_id)
+            if session is None:
+                continue
+            if problem is not None:
+                self._hop_is_unreachable(session, problem)
+            else:
+                self._connect_next_hop(session)
+
+    def _hop_is_unreachable(self, session: StageSession, problem: str) -> None:
+        self._end(session, ErrorCode.NEXT_HOP_UNREACHABLE, f"the next stage is unreachable: {problem}")
 
     def _head_said(self, session: StageSession, frame: StartSession | CloseSession | SignReceipt) -> None:
         match frame:
             case StartSession():
                 if session.is_first_stage and not session.is_started:
                     session.is_started = True
-                    self._push(session, 0, torch.tensor(session.opening.prompt_ids))
+                    prompt_ids, session.prompt_ids = session.prompt_ids, packed_ids(())
+                    self._push(session, 0, torch.tensor(prompt_ids.tolist()))
             case SignReceipt():
                 self._sign_receipt(session, frame.receipt)
             case CloseSession():
-                self._tell_head(session.opening.head, _timing(session))
+                self._send_to_head(session.opening.head, _timing(session))
                 self._forget(session, "")
 
     def _sign_receipt(self, session: StageSession, raw: bytes) -> None:
         try:
             receipt = session.meter.co_sign(raw, self._sign)
+            if receipt is None:
+                return
         except Dispute as dispute:
             self._end(session, ErrorCode.DISPUTED_RECEIPT, str(dispute))
             return
         self._on_event(ReceiptHeld(session.id, receipt))
-        self._tell_head(session.opening.head, ReceiptSigned(session.id, receipt))
+        self._tell(session, ReceiptSigned(session.id, receipt))
 
     def _link_went_down(self, peer: bytes, reason: str) -> None:
         message = f"a neighbour in the route is gone: {reason}"
@@ -373,7 +416,7 @@ class Engine:
 
     def _end(self, session: StageSession, code: ErrorCode, message: str) -> None:
         error = SessionError(session.id, session.opening.stage_index, code, message)
-        self._tell_head(session.opening.head, error)
+        self._send_to_head(session.opening.head, error)
         self._forget(session, message)
 
     def _end_all(self, sessions: Sequence[bytes], code: ErrorCode, message: str) -> None:
@@ -384,20 +427,24 @@ class Engine:
 
     def _end_overdue(self) -> None:
         now_ms = self._clock_ms()
-        if self._next_deadline_ms is None or now_ms < self._next_deadline_ms:
-            return
-        for session in list(self._sessions.values()):
-            if session.opening.deadline_ms <= now_ms:
-                self._end(session, ErrorCode.DEADLINE, "the session's deadline has passed")
+        while self._deadlines and self._deadlines[0][0] <= now_ms:
+            session = self._sessions.get(heapq.heappop(self._deadlines)[1])
+            if session is not None and session.deadline_ms <= now_ms:
+                waited = "the session's deadline has passed"
+                if session.next_position == 0 and session.deadline_ms < session.end_ms:
+                    waited = "the session was not started in time"
+                self._end(session, ErrorCode.DEADLINE, waited)
 
     def _forget(self, session: StageSession, reason: str) -> None:
         """KV is free at once; frames still on their way find no session and are dropped."""
         if self._sessions.pop(session.id, None) is None:
             return
+        self._num_sessions[session.opening.head] -= 1
+        if not self._num_sessions[session.opening.head]:
+            del self._num_sessions[session.opening.head]
         self._ready.pop(session.id, None)
         session.waiting.clear()
         session.loaded.cache.close(session.table)
-        self._find_next_deadline()
         meter = session.meter
         self._on_event(
             SessionEnded(
@@ -405,9 +452,14 @@ class Engine:
             )
         )
 
-    def _find_next_deadline(self) -> None:
-        deadlines = (session.opening.deadline_ms for session in self._sessions.values())
-        self._next_deadline_ms = min(deadlines, default=None)
+    def _set_deadline(self, session: StageSession, deadline_ms: int) -> None:
+        """What the heap holds of older deadlines and of ended sessions is swept out as it grows."""
+        session.deadline_ms = deadline_ms
+        if len(self._deadlines) > 4 * len(self._sessions) + 64:
+            self._deadlines = [(other.deadline_ms, other.id) for other in self._sessions.values()]
+            heapq.heapify(self._deadlines)
+        else:
+            heapq.heappush(self._deadlines, (deadline_ms, session.id))
 
     def _drop_shard(self, model: bytes, start_layer: int, end_layer: int) -> LoadedShard | None:
         for loaded in self._shards:
@@ -437,20 +489,25 @@ class Engine:
         return future
 
     def _drain_inbox(self, wait: bool, timeout_s: float | None = None) -> None:
-        """Run all that was posted; with `wait`, sleep until something is, a deadline comes or time is up."""
-        if wait:
-            if timeout_s is None and self._next_deadline_ms is not None:
-                left_s = (self._next_deadline_ms - self._clock_ms()) / 1000
-                timeout_s = min(max(0.0, left_s), MAX_WAIT_S)
-            try:
-                self._run_posted(self._inbox.get(timeout=timeout_s))
-            except queue.Empty:
+        """Some of what was posted, so that steps go on under any flood; with `wait`, sleep until something
+        is, a deadline comes or time is up.
+        """
+        if not wait:
+            timeout_s = 0
+        elif timeout_s is None and self._deadlines:
+            left_s = (self._deadlines[0][0] - self._clock_ms()) / 1000
+            timeout_s = min(max(0.0, left_s), MAX_WAIT_S)
+        until_s = None
+        for _ in range(MAX_NUM_ENTRIES_PER_STEP):
+            call = self._inbox.take(timeout_s)
+            if call is None:
                 return
-        while True:
-            try:
-                self._run_posted(self._inbox.get_nowait())
-            except queue.Empty:
+            self._run_posted(call)
+            now_s = time.perf_counter()
+            until_s = until_s or now_s + MAX_ENTRIES_S
+            if now_s > until_s:
                 return
+            timeout_s = 0
 
     def _run_posted(self, call: Callable[[], object]) -> None:
         try:
@@ -458,12 +515,20 @@ class Engine:
         except Exception:
             log.exception("an entry of the inbox failed")
 
-    def _tell_head(self, head: bytes, frame: Frame) -> None:
-        """A head that cannot be told has lost its link, and with it its sessions."""
+    def _tell(self, session: StageSession, frame: Frame) -> None:
+        """A head that cannot be told has lost its link, and with it this session."""
+        problem = self._send_to_head(session.opening.head, frame)
+        if problem is not None:
+            self._forget(session, f"the head is gone: {problem}")
+
+    def _send_to_head(self, head: bytes, frame: Frame) -> str | None:
+        """Why it could not be sent."""
         try:
             self.links.send_to_head(head, frame)
         except (LinkDown, LinkFull) as error:
             log.info("the head could not be told: %s", error)
+            return str(error)
+        return None
 
 
 def _draw(part: Slice) -> Draw:

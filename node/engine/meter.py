@@ -28,6 +28,7 @@ class Meter:
         self._num_parameters = num_parameters
         self._rate_card = rate_card
         self._last: Receipt | None = None
+        self._has_repeated = False
         self.num_prompt_tokens = 0
         self.num_output_tokens = 0
 
@@ -41,16 +42,30 @@ class Meter:
         self.num_prompt_tokens += max(0, min(end, num_prompt_tokens) - position)
         self.num_output_tokens += max(0, end - max(position, num_prompt_tokens - 1))
 
-    def co_sign(self, raw: bytes, sign: Sign) -> bytes:
-        """The receipt with this stage's signature. Raises Dispute when it is not the own count."""
+    def co_sign(self, raw: bytes, sign: Sign) -> bytes | None:
+        """The receipt with this stage's signature; None for one that says nothing new.
+
+        Raises Dispute when it is not the own count.
+        """
         try:
             signed = SignedReceipt.decode(raw)
+            is_repeat = self._is_repeat(signed.receipt)
+            if is_repeat and self._has_repeated:
+                return None
             verify_head(signed)
         except ReceiptError as error:
             raise Dispute(str(error)) from error
         check_against_count(signed.receipt, self._work())
-        self._last = signed.receipt
+        self._last, self._has_repeated = signed.receipt, is_repeat
         return co_sign(signed, sign).encode()
+
+    def _is_repeat(self, receipt: Receipt) -> bool:
+        """No more tokens than the last. The first such is the one that a head closes a session with."""
+        last = self._last
+        return last is not None and (receipt.num_prompt_tokens, receipt.num_output_tokens) == (
+            last.num_prompt_tokens,
+            last.num_output_tokens,
+        )
 
     def _work(self) -> WorkCount:
         opening = self._opening

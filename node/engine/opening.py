@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Sequence
 
 from node.engine.loaded import LoadedShard
 from node.engine.session import max_num_tokens
@@ -60,6 +61,12 @@ def _check_request(opening: OpenSession, manifest: Manifest) -> None:
         )
     if len(opening.prompt_ids) != (opening.num_prompt_tokens if opening.stage_index == 0 else 0):
         raise Refusal(ErrorCode.BAD_FRAME, "the first stage, and no other, is given the whole prompt")
-    token_ids = (*opening.prompt_ids, *sampling.eos_token_ids)
-    if any(not 0 <= token_id < manifest.vocab_size for token_id in token_ids):
+    highest = max(max(opening.prompt_ids, default=0), max(sampling.eos_token_ids, default=0))
+    lowest = min(min(opening.prompt_ids, default=0), min(sampling.eos_token_ids, default=0))
+    if lowest < 0 or highest >= manifest.vocab_size:
         raise Refusal(ErrorCode.BAD_FRAME, f"a token id is outside the vocabulary of {manifest.vocab_size}")
+
+
+def packed_ids(prompt_ids: Sequence[int]) -> array[int]:
+    """A copy, four bytes each: what the ids came in belongs to the link."""
+    return array("I", bytes(prompt_ids) if isinstance(prompt_ids, memoryview) else prompt_ids)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from node.links.codec import FrameError
 from node.links.frames import Dtype, HiddenBatch, HiddenItem, Lane, TokenBatch, TokenItem
 from node.links.port import LinkDown, LinkFull, StageLinks
 
@@ -84,7 +85,7 @@ class Outbox:
     ) -> None:
         try:
             self._links.send(node, frame, lane)
-        except (LinkDown, LinkFull) as error:
+        except (LinkDown, LinkFull, FrameError) as error:
             reason = f"the next stage is unreachable: {error}"
             lost.append(Lost(tuple(item.session for item in items), reason))
 

@@ -124,6 +124,8 @@ class EngineProcess:
                 key, config.pod, config.data_listen, on_frame, on_link_down, on_head_down
             ),
             pipe.send,
+            # The node process starts a new one; a live process with a dead loop would keep all waiting.
+            on_crash=lambda: end_process(1),
         )
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-load")
 

@@ -5,6 +5,7 @@ Input is taken in order only: a frame for any other position is the sender's mis
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -31,10 +32,15 @@ class Input:
 
 @dataclass(slots=True)
 class StageSession:
+    """Over at `end_ms`, and at `deadline_ms` unless something happens; `prompt_ids` until the start."""
+
     opening: OpenSession
     loaded: LoadedShard
     table: BlockTable
     meter: Meter
+    end_ms: int
+    prompt_ids: array[int]
+    deadline_ms: int = 0
     next_position: int = 0
     is_started: bool = False
     is_finished: bool = False
@@ -60,9 +66,13 @@ class StageSession:
         return self.opening.stage_index == len(self.opening.route) - 1
 
     @property
-    def next_node(self) -> bytes:
+    def next_stage(self) -> Stage:
         """Where this stage's output goes: hidden states to the next stage, tokens back to the first."""
-        return self.opening.route[(self.opening.stage_index + 1) % len(self.opening.route)].node
+        return self.opening.route[(self.opening.stage_index + 1) % len(self.opening.route)]
+
+    @property
+    def next_node(self) -> bytes:
+        return self.next_stage.node
 
     @property
     def previous_node(self) -> bytes:

@@ -25,6 +25,7 @@ class LinkLimits:
     )
     max_num_connections: int = 1024
     max_num_handshakes: int = 32
+    max_num_handshakes_per_address: int = 16
     handshake_timeout_s: float = 5.0
     tick_s: float = 0.5
     num_ticks_per_ping: int = 2

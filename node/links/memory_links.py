@@ -224,6 +224,9 @@ class MemoryLinks:
     def connect(self, peer: bytes, data_address: str, timeout_s: float) -> None:
         self._network.connect_stages(self.node, peer)
 
+    def is_connected(self, peer: bytes) -> bool:
+        return self._network.lane(self.node, peer, Lane.DECODE) is not None
+
     def send(self, peer: bytes, frame: Frame, lane: Lane) -> None:
         self._push(self._network.lane(self.node, peer, lane), frame)
 

@@ -53,7 +53,14 @@ class StageLinks(Protocol):
         ...
 
     def connect(self, peer: bytes, data_address: str, timeout_s: float) -> None:
-        """Dial both lanes to a stage, or do nothing when they are up. Raises LinkDown."""
+        """Dial both lanes to a stage, or do nothing when they are up. Raises LinkDown.
+
+        Only nodes of the roster are dialled, whatever the address.
+        """
+        ...
+
+    def is_connected(self, peer: bytes) -> bool:
+        """Whether `connect` has nothing to do."""
         ...
 
     def send(self, peer: bytes, frame: Frame, lane: Lane) -> None:

@@ -53,6 +53,10 @@ class _Peer:
     receivers: dict[Lane, Receiver] = field(default_factory=dict)
 
 
+class _ConnectedMeanwhile(Exception):
+    """Another dial to the same node was faster."""
+
+
 class TlsLinks:
     """The `StageLinks` port on sockets. Listens from the start; trusts nobody until `set_trust`."""
 
@@ -76,8 +80,9 @@ class TlsLinks:
         self._tally = Tally()
         self._lock = threading.RLock()
         self._peers: dict[tuple[Role, bytes], _Peer] = {}
-        self._dialling: dict[bytes, threading.Lock] = {}
-        self._num_greeting = 0
+        self._dial_ended = threading.Condition(self._lock)
+        self._dialling: set[tuple[bytes, str]] = set()
+        self._greeting: dict[ssl.SSLSocket, str] = {}
         self._threads: set[threading.Thread] = set()
         self._closed = False
         listener = _listen(listen)
@@ -91,16 +96,27 @@ class TlsLinks:
         return self._data_address
 
     def connect(self, peer: bytes, data_address: str, timeout_s: float) -> None:
-        with self._lock:
-            dialling = self._dialling.setdefault(peer, threading.Lock())
+        if peer not in self._trust.nodes:
+            raise LinkDown(f"{short_name(peer)}: its certificate is not in the roster")
+        dial = (peer, data_address)
         deadline = time.monotonic() + timeout_s
-        if not dialling.acquire(timeout=timeout_s):
-            raise LinkDown(f"{short_name(peer)}: still being dialled")
+        with self._dial_ended:
+            # Another address may be a false one, and is not worth waiting for.
+            if not self._dial_ended.wait_for(lambda: dial not in self._dialling, timeout_s):
+                raise LinkDown(f"{short_name(peer)}: still being dialled")
+            if self.is_connected(peer):
+                return
+            self._dialling.add(dial)
         try:
-            if (found := self._peers.get((Role.STAGE, peer))) is None or not found.senders:
-                self._dial_lanes(peer, data_address, deadline)
+            self._dial_lanes(peer, data_address, deadline)
         finally:
-            dialling.release()
+            with self._dial_ended:
+                self._dialling.discard(dial)
+                self._dial_ended.notify_all()
+
+    def is_connected(self, peer: bytes) -> bool:
+        found = self._peers.get((Role.STAGE, peer))
+        return found is not None and len(found.senders) == len(Lane)
 
     def send(self, peer: bytes, frame: Frame, lane: Lane) -> None:
         self._push(self._sender(Role.STAGE, peer, lane), frame)
@@ -174,10 +190,11 @@ class TlsLinks:
                     deadline,
                 )
             self._adopt_senders(peer, senders)
-        except BaseException:
+        except BaseException as error:
             for sender in senders.values():
                 sender.close()
-            raise
+            if not isinstance(error, _ConnectedMeanwhile):
+                raise
 
     def _dial(self, peer: bytes, data_address: str, hello: Hello, deadline: float) -> Sender:
         host, _, port = data_address.rpartition(":")
@@ -196,6 +213,9 @@ class TlsLinks:
             tls.do_handshake()
             if trust.node_of(tls.getpeercert(binary_form=True)) != peer:
                 raise LinkDown("another node answers there")
+            if self.is_connected(peer):
+                # To greet it once more would make it cut the link that came up meanwhile.
+                raise _ConnectedMeanwhile
             tls.sendall(hello.encode())
             check_answer(read_exactly(tls, 1, deadline))
             return Sender(tls, hello.lane, self._limits)
@@ -210,6 +230,8 @@ class TlsLinks:
     def _adopt_senders(self, node: bytes, senders: dict[Lane, Sender]) -> None:
         with self._lock:
             self._check_welcome(node)
+            if self.is_connected(node):
+                raise _ConnectedMeanwhile
             peer = self._peers.setdefault((Role.STAGE, node), _Peer(Role.STAGE, node))
             peer.senders = senders
             for sender in senders.values():
@@ -222,50 +244,72 @@ class TlsLinks:
     # -- being dialled
 
     def _accept(self, raw: socket.socket) -> None:
-        """A new connection, from anybody: refused when too many are open, else greeted on its own thread."""
+        """A new connection, from anybody, is greeted on its own thread; at the bounds the oldest that has not
+        said yet who it is makes room, because that is hardly the one who just came.
+        """
+        try:
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            address = str(raw.getpeername()[0])
+            tls = self._trust.listening.wrap_socket(raw, server_side=True, do_handshake_on_connect=False)
+        except (OSError, ValueError):
+            raw.close()
+            return
         with self._lock:
-            num_greeting, num_open = self._num_greeting, len(self._threads)
-            if (
-                num_greeting >= self._limits.max_num_handshakes
-                or num_open >= self._limits.max_num_connections
-            ):
-                raw.close()
+            if self._closed or len(self._threads) >= self._limits.max_num_connections:
+                tls.close()
                 return
-            self._num_greeting += 1
-            thread = threading.Thread(target=self._serve, args=(raw,), name="link-receiver", daemon=True)
+            self._make_room(address)
+            self._greeting[tls] = address
+            thread = threading.Thread(target=self._serve, args=(tls,), name="link-receiver", daemon=True)
             self._threads.add(thread)
         thread.start()
 
-    def _serve(self, raw: socket.socket) -> None:
+    def _make_room(self, address: str) -> None:
+        same = [tls for tls, other in self._greeting.items() if other == address]
+        if len(same) >= self._limits.max_num_handshakes_per_address:
+            self._turn_away(same[0])
+        elif len(self._greeting) >= self._limits.max_num_handshakes:
+            self._turn_away(next(iter(self._greeting)))
+
+    def _turn_away(self, tls: ssl.SSLSocket) -> None:
+        """Its thread sees the end and closes it."""
+        del self._greeting[tls]
         try:
-            greeted = self._greet(raw)
+            socket.socket.shutdown(tls, socket.SHUT_RDWR)
+        except OSError:
+            return
+
+    def _serve(self, tls: ssl.SSLSocket) -> None:
+        try:
+            greeted = self._greet(tls)
             if greeted is not None:
                 self._receive(*greeted)
         finally:
             with self._lock:
                 self._threads.discard(threading.current_thread())
 
-    def _greet(self, raw: socket.socket) -> tuple[_Peer, Receiver] | None:
+    def _greet(self, tls: ssl.SSLSocket) -> tuple[_Peer, Receiver] | None:
         deadline = time.monotonic() + self._limits.handshake_timeout_s
-        trust = self._trust
-        tls: socket.socket = raw
         try:
-            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            raw.settimeout(self._limits.handshake_timeout_s)
-            tls = wrapped = trust.listening.wrap_socket(raw, server_side=True, do_handshake_on_connect=False)
-            wrapped.do_handshake()
-            node = trust.node_of(wrapped.getpeercert(binary_form=True))
-            answer, hello = answer_to(read_exactly(wrapped, HELLO_BYTES, deadline), self._pod)
-            if hello is not None:
-                return self._adopt(wrapped, node, hello)
-            wrapped.sendall(bytes([answer]))
-            tls.close()
-        except (OSError, ValueError, HelloError, LinkDown):
-            tls.close()
-        finally:
+            tls.settimeout(self._limits.handshake_timeout_s)
+            tls.do_handshake()
+            node = self._trust.node_of(tls.getpeercert(binary_form=True))
+            answer, hello = answer_to(read_exactly(tls, HELLO_BYTES, deadline), self._pod)
             with self._lock:
-                self._num_greeting -= 1
+                self._greeting.pop(tls, None)
+            if hello is not None:
+                return self._adopt(tls, node, hello)
+            tls.sendall(bytes([answer]))
+            self._end_greeting(tls)
+        except (OSError, ValueError, HelloError, LinkDown):
+            self._end_greeting(tls)
         return None
+
+    def _end_greeting(self, tls: ssl.SSLSocket) -> None:
+        with self._lock:
+            # Before its descriptor can be another's.
+            self._greeting.pop(tls, None)
+        tls.close()
 
     def _adopt(self, tls: ssl.SSLSocket, node: bytes, hello: Hello) -> tuple[_Peer, Receiver] | None:
         """Make the connection part of its peer before the welcome, so that the dialler finds it complete."""

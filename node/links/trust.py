@@ -1,7 +1,7 @@
 """Who may speak on the data plane: TLS contexts that trust exactly the certificates of the roster's nodes.
 
-A value, replaced whole when the roster changes. Knows no roster: it is given the certificates. One that cannot
-be used shuts out its own node and nobody else.
+A value, replaced whole when the roster changes. Knows no roster: it is given the certificates. One that
+cannot be used shuts out its own node and nobody else.
 """
 
 from __future__ import annotations

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import random
+import threading
+from array import array
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
-from node.engine.engine import MAX_NUM_UNSIGNED_OUTPUT_TOKENS
+from node.engine import engine as engine_module
+from node.engine.dialler import MAX_NUM_DIALS_PER_HEAD
+from node.engine.engine import (
+    MAX_NUM_ENTRIES_PER_STEP,
+    MAX_NUM_UNSIGNED_OUTPUT_TOKENS,
+    MAX_SESSION_MS,
+    MAX_UNSTARTED_MS,
+)
+from node.engine.inbox import Inbox
 from node.engine.scheduler import StepLimits
 from node.links.frames import (
     CloseSession,
@@ -21,6 +32,7 @@ from node.links.frames import (
     StartSession,
     TokenBatch,
 )
+from node.links.memory_links import MemoryHead
 from tests.engine.ring import GREEDY, Heard, Ring, wait_until
 from tests.engine.tiny import NUM_LAYERS, VOCAB_SIZE, TinyModel
 
@@ -295,3 +307,153 @@ def test_a_head_that_does_not_sign_is_not_served_on(llama: TinyModel) -> None:
         assert heard.errors[0].code is ErrorCode.UNSIGNED_LIMIT
         assert len(heard.tokens) == MAX_NUM_UNSIGNED_OUTPUT_TOKENS + 1
         assert ring.all_kv_free()
+
+
+def test_steps_go_on_under_a_flood(llama: TinyModel) -> None:
+    num_calls = 20 * MAX_NUM_ENTRIES_PER_STEP
+    with Ring(llama.package) as ring:
+        opening, heard = begin(ring, ENDLESS)
+        wait_until(lambda: bool(heard.tokens))
+        engine, seen = ring.engines[0], []
+        session = engine._sessions[opening.session]
+
+        def flood() -> None:
+            for _ in range(num_calls):
+                engine._inbox.put(lambda: seen.append(session.num_steps), b"flooder")
+
+        engine._post(flood)
+        wait_until(lambda: len(seen) == num_calls)
+        ring.close_session(opening)
+    runs = Counter(seen).values()
+    assert max(runs) <= MAX_NUM_ENTRIES_PER_STEP + 1
+
+
+def test_a_peer_with_too_much_waiting_waits_and_others_do_not() -> None:
+    inbox, ran = Inbox(max_num_waiting_per_peer=2), []
+
+    def flood() -> None:
+        for number in range(3):
+            inbox.put_frame(lambda number=number: ran.append(number), b"flooder")
+
+    flooder = threading.Thread(target=flood)
+    flooder.start()
+    wait_until(lambda: len(inbox._waiting.get(b"flooder", ())) == 2)
+    inbox.put_frame(lambda: ran.append("other"), b"other")
+    assert flooder.is_alive()
+    for _ in range(4):
+        call = inbox.take(5)
+        assert call is not None
+        call()
+    flooder.join(5)
+    assert ran[1] == "other"
+    assert [number for number in ran if number != "other"] == [0, 1, 2]
+    assert inbox.take(0) is None
+
+
+def test_receipts_that_say_nothing_new_are_not_signed(llama: TinyModel) -> None:
+    num_tokens = 6
+    with Ring(llama.package) as ring:
+        opening, heard = begin(ring, replace(GREEDY, max_num_output_tokens=num_tokens))
+        wait_until(lambda: heard.is_over)
+        for sequence in range(1, 50):
+            ring.send_receipt(ring.receipt(opening, 0, sequence, len(PROMPT), num_tokens))
+        ring.close_session(opening)
+        wait_until(lambda: bool(heard.timings))
+        assert [signed.receipt.sequence for signed in heard.receipts] == [1, 2]
+        assert not heard.errors
+
+
+def test_a_session_is_given_time_to_start_and_no_more(llama: TinyModel) -> None:
+    now_ms = [0]
+    with Ring(llama.package, clock_ms=lambda: now_ms[0]) as ring:
+        idle = ring.open(ring.opening(PROMPT))
+        running, heard = begin(ring, replace(GREEDY, max_num_output_tokens=2))
+        wait_until(lambda: heard.is_over)
+        now_ms[0] = MAX_UNSTARTED_MS
+        ring.engines[0].shards().result(10)
+        wait_until(lambda: bool(idle.errors))
+        assert "not started in time" in idle.errors[0].message
+        assert running.session in ring.engines[0]._sessions
+        now_ms[0] = MAX_SESSION_MS
+        ring.engines[0].shards().result(10)
+        wait_until(lambda: bool(heard.errors))
+        assert heard.errors[0].code is ErrorCode.DEADLINE
+        assert ring.all_kv_free()
+
+
+def test_an_opening_whose_head_is_gone_keeps_nothing(llama: TinyModel) -> None:
+    with Ring(llama.package, (2,)) as ring:
+        opening = ring.opening(PROMPT)
+        ring.head.close()
+        engine = ring.engines[0]
+        engine._post(engine._frame_arrived, opening.head, opening)
+        wait_until(lambda: bool(ring.ended()))
+        assert "head is gone" in ring.ended()[0].reason
+        assert ring.all_kv_free()
+
+
+def test_a_head_has_so_many_sessions_and_no_more(llama: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "MAX_NUM_SESSIONS_PER_HEAD", 2)
+    with Ring(llama.package) as ring:
+        openings = [ring.opening(PROMPT) for _ in range(3)]
+        heards = [ring.open(opening) for opening in openings]
+        assert "2 sessions of this head" in heards[2].errors[0].message
+        ring.close_session(openings[0])
+        assert not ring.open(ring.opening(PROMPT)).errors
+
+
+def test_prompts_are_kept_packed_and_until_the_start_only(llama: TinyModel) -> None:
+    with Ring(llama.package) as ring:
+        opening = ring.opening(PROMPT, ENDLESS)
+        ring.open(opening)
+        session = ring.engines[0]._sessions[opening.session]
+        assert session.prompt_ids == array("I", PROMPT)
+        assert not session.opening.prompt_ids
+        ring.start(opening)
+        wait_until(lambda: session.is_started)
+        assert not session.prompt_ids
+
+
+def test_routes_to_nowhere_hold_up_nobody_else(llama: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every dial of the first engine hangs, except to the true next hop."""
+    with Ring(llama.package, (2,)) as ring:
+        links, release = ring.engines[0].links, threading.Event()
+        connect, dialled = links.connect, []
+
+        def hang(peer: bytes, data_address: str, timeout_s: float) -> None:
+            dialled.append(data_address)
+            if data_address != "memory:0":
+                release.wait(10)
+            connect(peer, data_address, timeout_s)
+
+        monkeypatch.setattr(links, "connect", hang)
+        num_hanging = 3 * MAX_NUM_DIALS_PER_HEAD
+        hanging = [ring.opening(PROMPT) for _ in range(num_hanging)]
+        for number, opening in enumerate(hanging):
+            route = (opening.route[0], replace(opening.route[1], data_address=f"nowhere:{number}"))
+            ring.heard[opening.session] = Heard()
+            ring.head.send(route[0].node, replace(opening, route=route))
+        refused = num_hanging - MAX_NUM_DIALS_PER_HEAD
+        wait_until(lambda: sum(bool(ring.heard[one.session].errors) for one in hanging) == refused)
+        assert "too many" in ring.heard[hanging[-1].session].errors[0].message
+        ring.close_session(hanging[0])
+        other = MemoryHead(ring.network, bytes([7]) * 32, ring._on_frame, lambda *_: None)
+        other.connect(ring.route[0].node)
+        opening = replace(ring.opening(PROMPT), head=other.node)
+        heard = ring.heard.setdefault(opening.session, Heard())
+        other.send(ring.route[0].node, opening)
+        wait_until(lambda: heard.opened == {0})
+        release.set()
+
+
+def test_a_loop_that_cannot_go_on_says_so(llama: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    crashed = threading.Event()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no schedule")
+
+    with Ring(llama.package) as ring:
+        monkeypatch.setattr(ring.engines[0], "_on_crash", crashed.set)
+        monkeypatch.setattr(engine_module, "schedule", fail)
+        begin(ring)
+        assert crashed.wait(10)

@@ -268,4 +268,4 @@ def test_opened_sessions_reach_a_stage_with_their_prompt(adapter: Adapter) -> No
     eventually(lambda: stage.frames)
     frame = stage.frames[0][1]
     assert isinstance(frame, OpenSession)
-    assert frame.prompt_ids == (1, 2, 3)
+    assert tuple(frame.prompt_ids) == (1, 2, 3)

@@ -10,6 +10,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -289,12 +290,56 @@ def test_silent_connections_are_bounded_and_closed_by_the_deadline(adapter: TlsA
         for _ in range(SMALL_LIMITS.max_num_handshakes + 1)
     ]
     started = time.monotonic()
-    assert is_closed(silent[-1])
+    assert is_closed(silent[0])
     assert time.monotonic() - started < SMALL_LIMITS.handshake_timeout_s
-    assert all(is_closed(one) for one in silent[:-1])
+    assert all(is_closed(one) for one in silent[1:])
     assert_still_works(stage, adapter)
     for one in silent:
         one.close()
+
+
+def test_silent_strangers_keep_no_node_out() -> None:
+    adapter = TlsAdapter(replace(SMALL_LIMITS, handshake_timeout_s=60.0))
+    try:
+        stage = adapter.stage(A)
+        host, port = stage.links.data_address.split(":")
+        silent = [socket.create_connection((host, int(port)), TIMEOUT_S) for _ in range(40)]
+        assert_still_works(stage, adapter)
+        for one in silent:
+            one.close()
+    finally:
+        adapter.close()
+
+
+def test_only_nodes_of_the_roster_are_dialled(adapter: TlsAdapter) -> None:
+    stage = adapter.stage(A)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.2)
+        address = "127.0.0.1:%d" % listener.getsockname()[1]
+        with pytest.raises(LinkDown, match="not in the roster"):
+            stage.links.connect(OUTSIDER.public, address, TIMEOUT_S)
+        with pytest.raises(TimeoutError):
+            listener.accept()
+
+
+def test_a_false_address_does_not_hold_up_the_true_one(adapter: TlsAdapter) -> None:
+    one, other = adapter.stage(A), adapter.stage(B)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = "127.0.0.1:%d" % silent.getsockname()[1]
+
+        def dial_the_false_one() -> None:
+            with suppress(LinkDown):
+                one.links.connect(other.node, address, 1.0)
+
+        false = threading.Thread(target=dial_the_false_one)
+        false.start()
+        silent.accept()
+        connect(one, other)
+        assert false.is_alive()
+        false.join()
+    one.links.send(other.node, rows_frame(6), Lane.DECODE)
+    eventually(lambda: other.positions == [6])
+    assert not other.downs
 
 
 def test_a_head_that_does_not_read_fills_its_queue_and_no_more() -> None:
