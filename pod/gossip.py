@@ -19,6 +19,10 @@ DEAD_AFTER_S = 3.0
 TICK_S = 0.5
 DEBOUNCE_S = 0.05
 PULL_TIMEOUT_S = 10.0
+# Hundreds of MiB: what is left then comes with the next heartbeat.
+MAX_NUM_PIECES = 1024
+# After bytes that make no sense.
+NOT_ASKED_AGAIN_S = 30.0
 MAX_PIECE_BYTES = 256 * 1024
 MAX_SUMMARY_BYTES = 512 * 1024
 MAX_NUM_CHANNELS = 16
@@ -70,6 +74,9 @@ class Gossip:
         self._channels: dict[str, Replicated] = {}
         self._pulling: dict[str, asyncio.Lock] = {}
         self._fruitless: dict[tuple[bytes, str], tuple[bytes, bytes]] = {}
+        self._senseless_s: dict[tuple[bytes, str], float] = {}
+        self._pulls: set[tuple[bytes, str]] = set()
+        self._pending: dict[tuple[bytes, str], bytes] = {}
         self._heard_s: dict[bytes, float] = {}
         self._sent_s: dict[bytes, float] = {}
         self._live: set[bytes] = set()
@@ -167,31 +174,60 @@ class Gossip:
                 and isinstance(digest, bytes)
                 and self._worth_pulling(peer, channel, digest)
             ):
-                self._spawn(self._pull(peer, channel, digest))
+                self._want(peer, channel, digest)
+
+    def _want(self, peer: bytes, channel: Replicated, digest: bytes) -> None:
+        """One pull of a channel from a peer runs; of those asked for meanwhile the last follows."""
+        key = (peer, channel.name)
+        if key in self._pulls:
+            self._pending[key] = digest
+            return
+        self._pulls.add(key)
+        self._spawn(self._pull_all(peer, channel, digest))
+
+    async def _pull_all(self, peer: bytes, channel: Replicated, digest: bytes) -> None:
+        key = (peer, channel.name)
+        wanted: bytes | None = digest
+        try:
+            while wanted is not None:
+                await self._pull(peer, channel, wanted)
+                wanted = self._pending.pop(key, None)
+        finally:
+            self._pulls.discard(key)
+            self._pending.pop(key, None)
 
     def _worth_pulling(self, peer: bytes, channel: Replicated, digest: bytes) -> bool:
+        key = (peer, channel.name)
+        if self._clock_s() < self._senseless_s.get(key, -NOT_ASKED_AGAIN_S) + NOT_ASKED_AGAIN_S:
+            return False
         own = channel.digest()[:DIGEST_BYTES]
-        return own != digest and self._fruitless.get((peer, channel.name)) != (own, digest)
+        return own != digest and self._fruitless.get(key) != (own, digest)
 
     async def _pull(self, peer: bytes, channel: Replicated, digest: bytes) -> None:
         """One pull per channel at a time: after the first, the others are mostly needless."""
         any_new = False
         async with self._pulling[channel.name]:
-            more = self._worth_pulling(peer, channel, digest)
-            while more:
+            if not self._worth_pulling(peer, channel, digest):
+                return
+            for _ in range(MAX_NUM_PIECES):
+                before = channel.summary()
                 try:
-                    num_new, more = await self._pull_piece(peer, channel)
+                    num_new, more = await self._pull_piece(peer, channel, before)
                 except (ControlError, ValueError) as error:
                     log.debug("cannot pull %s from %s: %s", channel.name, peer.hex()[:8], error)
+                    if isinstance(error, ValueError):
+                        self._senseless_s[peer, channel.name] = self._clock_s()
                     break
                 any_new = any_new or num_new > 0
-                more = more and num_new > 0
-            self._fruitless[peer, channel.name] = (channel.digest()[:DIGEST_BYTES], digest)
+                # A piece of which everything is refused may still have told the channel what not to ask for.
+                if not more or channel.summary() == before:
+                    self._fruitless[peer, channel.name] = (channel.digest()[:DIGEST_BYTES], digest)
+                    break
         if any_new:
             self.changed()
 
-    async def _pull_piece(self, peer: bytes, channel: Replicated) -> tuple[int, bool]:
-        asked = encode_record(_Pull(channel.name, channel.summary()))
+    async def _pull_piece(self, peer: bytes, channel: Replicated, summary: bytes) -> tuple[int, bool]:
+        asked = encode_record(_Pull(channel.name, summary))
         answer = await self._transport.request(peer, "pull", asked, PULL_TIMEOUT_S)
         more, payload = answer[:1] == b"\x01", answer[1:]
         return await channel.ingest(peer, payload), more
