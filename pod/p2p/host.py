@@ -31,14 +31,13 @@ from libp2p.stream_muxer.yamux.yamux import Yamux
 from libp2p.tools.anyio_service import background_trio_service
 from libp2p.transport.exceptions import MuxerUpgradeFailure
 from libp2p.transport.tcp.tcp import TCP
-from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
 from pod.address import host_port_of
 from pod.control import ControlError, RefusedError
 from pod.identity import KeyPair, node_of_peer_id, peer_id
 from pod.p2p.frames import ControlFrame
-from pod.p2p.gate import MembersOnlyNoise
+from pod.p2p.gate import HANDSHAKE_TIMEOUT_S, Doorstep, MembersOnlyNoise
 from pod.p2p.link import Link
 
 PROTOCOL = TProtocol("/gpu-pod/control/1")
@@ -208,7 +207,7 @@ def _swarm(key: KeyPair, gate: MembersOnlyNoise) -> Swarm:
     own_id = ID.from_base58(peer_id(key.public))
     peerstore = PeerStore()
     peerstore.add_key_pair(own_id, create_new_key_pair(key.seed))
-    upgrader = TransportUpgrader({NOISE_PROTOCOL_ID: gate}, {TProtocol(YAMUX_PROTOCOL_ID): Yamux})
+    upgrader = Doorstep({NOISE_PROTOCOL_ID: gate}, {TProtocol(YAMUX_PROTOCOL_ID): Yamux})
     limits = ConnectionConfig(
         max_connections=MAX_NUM_CONNECTIONS,
         high_watermark=MAX_NUM_CONNECTIONS,
@@ -216,9 +215,10 @@ def _swarm(key: KeyPair, gate: MembersOnlyNoise) -> Swarm:
         low_watermark=0,
         max_connections_per_peer=4,
         auto_connect_interval=86_400.0,
+        inbound_upgrade_timeout=HANDSHAKE_TIMEOUT_S,
     )
     swarm = Swarm(own_id, peerstore, upgrader, [TCP()], RetryConfig(max_retries=0), limits)
-    # Slots of ended connections are never given back; the handshakes at once are limited by the gate.
+    # Slots of ended connections are never given back; the handshakes at once are limited by the doorstep.
     swarm._inbound_limiter.total_tokens = math.inf
     return swarm
 

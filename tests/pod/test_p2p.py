@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pod.control import MAX_PAYLOAD_BYTES, ControlError, RefusedError
 from pod.identity import KeyPair, peer_id
 from pod.membership import Membership
 from pod.p2p.frames import ControlFrame, FrameError, FrameReader, FrameType, encode_frame
+from pod.p2p.gate import HANDSHAKE_TIMEOUT_S, MAX_NUM_HANDSHAKES_AT_ONCE
 from pod.p2p.host import Host
 from pod.p2p.mdns import LanDiscovery
 from pod.p2p.transport import LibP2PControl
@@ -61,6 +63,42 @@ def test_an_outsider_is_refused_in_the_handshake_before_any_stream() -> None:
             await one.stop()
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("spoken", [b"", b"\x13/multistream/1.0.0\n\x07/noise\n"])
+def test_silent_outsiders_do_not_block_the_door_and_are_put_out(spoken: bytes) -> None:
+    async def scenario() -> None:
+        one = await listening("one", key_of("other").public)
+        other = await listening("other", one.node_id)
+        address = one.listen_addresses()[0]
+        silent = []
+        try:
+            for _ in range(MAX_NUM_HANDSHAKES_AT_ONCE + 16):
+                end = socket.create_connection(("127.0.0.1", int(address.split("/")[4])))
+                end.sendall(spoken)
+                end.setblocking(False)
+                silent.append(end)
+            started_s = time.monotonic()
+            await other.connect(one.node_id, [address], 4)
+            assert await other.request(one.node_id, "echo", b"x", 2) == b"x"
+            assert time.monotonic() - started_s < HANDSHAKE_TIMEOUT_S - 1
+            await until(lambda: all(map(is_closed, silent)), within_s=HANDSHAKE_TIMEOUT_S + 3)
+        finally:
+            for end in silent:
+                end.close()
+            await other.stop()
+            await one.stop()
+
+    asyncio.run(scenario())
+
+
+def is_closed(end: socket.socket) -> bool:
+    try:
+        return end.recv(4096) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def test_an_address_where_another_node_answers_is_refused() -> None:
@@ -159,7 +197,7 @@ def test_a_taken_port_is_one_clear_line_although_libp2p_would_share_it() -> None
         one = await listening("one")
         taken = one.listen_addresses()[0].partition("/p2p/")[0]
         try:
-            with pytest.raises(ControlError, match=r"cannot listen on .* port \d+: Address already"):
+            with pytest.raises(ControlError, match=r"cannot listen on .* port \d+: the port is taken"):
                 await listening("other", listen=taken)
         finally:
             await one.stop()
