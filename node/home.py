@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -21,7 +22,16 @@ from node.errors import UserError
 
 HOME_VARIABLE = "POD_HOME"
 COMMAND_WAIT_S = 5.0
-_STAYS = frozenset({"lock", "models", "running.json"})
+_POD_FILES = (
+    "keys",
+    "joining",
+    "roster.log",
+    "peers.json",
+    "plan.cbor",
+    "ledger.sqlite*",
+    "node.log*",
+    "engine.log",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +98,21 @@ class PodHome:
         """Move keys, roster and books of the pod that was left out of the way; the models stay."""
         target = target or self.aside_dir()
         target.mkdir(mode=0o700)
-        for path in sorted(self.path.iterdir()):
-            if path.name not in _STAYS and not path.name.startswith("left-"):
-                path.rename(target / path.name)
+        for path in self._own_files():
+            path.rename(target / path.name)
         return target
+
+    def forget_pod(self) -> None:
+        """Undo a creation that failed halfway: nothing of it is worth keeping, and it may be tried again."""
+        for path in self._own_files():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _own_files(self) -> list[Path]:
+        """What belongs to this directory's pod; other people's files in it are left alone."""
+        return sorted(path for pattern in _POD_FILES for path in self.path.glob(pattern))
 
     def acquire(self) -> None:
         """Take the directory for this process; the lock goes with the process, also after kill -9.

@@ -124,6 +124,9 @@ def create_pod(home: PodHome, pod_name: str, member_name: str, node_name: str) -
         open_ledger(home, membership).close()
     except (MembershipError, IdentityError) as error:
         raise UserError(str(error)) from None
+    except (OSError, UserError) as error:
+        home.forget_pod()
+        raise UserError(f"the pod could not be written to {home.path}: {error}") from None
     finally:
         home.release()
     return {

@@ -1,4 +1,4 @@
-"""A node without the model's files is a full gateway: config and tokenizer come from another node, checked."""
+"""A node without the model's files is a full gateway: config and tokenizer come from others, checked."""
 
 from __future__ import annotations
 
