@@ -30,7 +30,7 @@ STORY = told()
 
 
 def directory(story: Story = STORY) -> RosterDirectory:
-    roster = roster_of(story.said)
+    roster = roster_of(story.pod, story.said)
     return RosterDirectory(lambda: roster)
 
 
