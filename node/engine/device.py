@@ -37,13 +37,16 @@ def default_memory_bytes(device: torch.device) -> int:
 
 
 def choose_dtype(name: str, device: torch.device, num_parameters: int, free_bytes: int) -> torch.dtype:
-    """ "auto": float32 on a CPU where that leaves half the memory for KV, else the device's 16-bit type."""
+    """ "auto": float32 on a CPU where that leaves half the memory for KV, else bfloat16 if there is.
+
+    float16 is only taken when it was asked for: rows of models made for bfloat16 leave its range.
+    """
     if name != "auto":
         return DTYPES[name]
-    if device.type == "mps":
-        return torch.float16
+    if device.type == "mps" and not _has_bfloat16(device):
+        return torch.float32
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
+        return torch.float32
     if device.type == "cpu" and num_parameters * 4 * 2 <= free_bytes:
         return torch.float32
     return torch.bfloat16
@@ -63,6 +66,14 @@ def measure_bytes_per_second(device: torch.device) -> int:
     start = time.perf_counter()
     probe.sum().item()
     return int(_PROBE_BYTES / (time.perf_counter() - start))
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    try:
+        torch.ones(1, dtype=torch.bfloat16, device=device)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _is_available(kind: str) -> bool:

@@ -16,7 +16,9 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from node.engine.shard import Shard
+from node.models.bundle import check_config
 from node.models.errors import ModelError
+from node.models.manifest import Manifest
 from node.models.tensors import EMBEDDING, HEAD, TensorPlace
 from node.models.weights import Weights
 
@@ -32,6 +34,7 @@ _SAFETENSORS_DTYPES = {
 
 
 def load_shard(
+    manifest: Manifest,
     model_dir: Path,
     paths: Sequence[Path],
     start_layer: int,
@@ -39,17 +42,47 @@ def load_shard(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress,
+    max_num_bytes: int | None = None,
 ) -> tuple[Shard, int]:
-    """The shard and the bytes read from its files. Raises ModelError for files that do not fit the config."""
+    """The shard and the bytes read from its files. Raises ModelError for files that do not fit the config,
+    a config that is not the manifest's, and parameters that need more memory than `max_num_bytes`.
+    """
     config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
+    check_config(config, model_dir)
+    _check_is_of(manifest, config, model_dir)
     shard = Shard(config, start_layer, end_layer, dtype, device)
     weights = Weights(paths)
     try:
+        check_room(manifest, shard.num_weight_bytes, max_num_bytes)
         _fill(shard, weights, progress)
         shard.release_others()
         return shard, weights.num_bytes_read
     finally:
         weights.close()
+
+
+def check_room(manifest: Manifest, num_bytes: int, max_num_bytes: int | None) -> None:
+    if max_num_bytes is not None and num_bytes > max_num_bytes:
+        raise ModelError(
+            f"{manifest.name}: these layers need {_mib(num_bytes)} of memory, {_mib(max_num_bytes)} are "
+            f"free, {_mib(num_bytes - max_num_bytes)} are missing"
+        )
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _check_is_of(manifest: Manifest, config: PreTrainedConfig, model_dir: Path) -> None:
+    """Sizes are planned with the manifest and allocated by the config."""
+    for what, planned, configured in (
+        ("model_type", manifest.model_type, config.model_type),
+        ("num_hidden_layers", manifest.num_layers, config.num_hidden_layers),
+        ("hidden_size", manifest.hidden_size, config.hidden_size),
+        ("vocab_size", manifest.vocab_size, config.vocab_size),
+    ):
+        if planned != configured:
+            raise ModelError(f"{model_dir}: the config's {what} is {configured}, the manifest's {planned}")
 
 
 def _fill(shard: Shard, weights: Weights, progress: Progress) -> None:

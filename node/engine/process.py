@@ -30,6 +30,7 @@ from node.engine.device import (
 )
 from node.engine.engine import Engine
 from node.engine.loaded import LoadedShard
+from node.engine.loader import check_room
 from node.engine.messages import (
     LENGTH_BYTES,
     Command,
@@ -181,11 +182,7 @@ class EngineProcess:
         free_bytes = self._memory_bytes - self._used_bytes
         dtype = choose_dtype(order.dtype, self._device, num_parameters, free_bytes)
         weight_bytes = num_parameters * dtype.itemsize
-        if weight_bytes > free_bytes:
-            raise ModelError(
-                f"{manifest.name} layers [{order.start_layer},{order.end_layer}) need {_mib(weight_bytes)}, "
-                f"{_mib(free_bytes)} of {_mib(self._memory_bytes)} are free"
-            )
+        check_room(manifest, weight_bytes, free_bytes)
         loaded = provision(
             manifest,
             Path(order.model_dir),
@@ -197,6 +194,7 @@ class EngineProcess:
             # Half of what is left: the other half is for the next shard.
             max_num_kv_bytes=(free_bytes - weight_bytes) // 2,
             progress=self._progress_of(order.request),
+            max_num_weight_bytes=weight_bytes,
         )
         self._used_bytes += _used_by(loaded)
         self._engine.add_shard(loaded)
@@ -298,10 +296,6 @@ def _ready(request: int, loaded: LoadedShard) -> ShardReady:
 
 def _used_by(loaded: LoadedShard) -> int:
     return loaded.num_weight_bytes + loaded.num_kv_bytes
-
-
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:.0f} MiB"
 
 
 def end_process(code: int) -> None:

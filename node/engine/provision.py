@@ -35,6 +35,7 @@ def provision(
     device: torch.device,
     max_num_kv_bytes: int,
     progress: Progress,
+    max_num_weight_bytes: int | None = None,
 ) -> LoadedShard:
     """Raises ModelError: damaged or foreign files, layers that are not there, no room for KV."""
     if not 0 <= start_layer < end_layer <= manifest.num_layers:
@@ -42,7 +43,9 @@ def provision(
         raise ModelError(f"{manifest.name} has {manifest.num_layers} layers, {layers} are not among them")
     block_bytes = _block_bytes(manifest, start_layer, end_layer, dtype)
     num_blocks = _num_blocks(manifest, block_bytes, max_num_kv_bytes)
-    shard, num_weight_bytes = load_shard(model_dir, paths, start_layer, end_layer, dtype, device, progress)
+    shard, _ = load_shard(
+        manifest, model_dir, paths, start_layer, end_layer, dtype, device, progress, max_num_weight_bytes
+    )
     values_per_head = 2 * shard.head_dim
     cache = KvCache(
         start_layer,
@@ -59,7 +62,7 @@ def provision(
         manifest=manifest,
         shard=shard,
         cache=cache,
-        num_weight_bytes=num_weight_bytes,
+        num_weight_bytes=shard.num_weight_bytes,
         num_kv_bytes=num_blocks * block_bytes,
         decode_us_per_layer=decode_us,
         prefill_us_per_layer_per_token=prefill_us,

@@ -67,6 +67,15 @@ class Shard:
             for name, parameter in part.named_parameters() if part is not None else ():
                 yield f"{prefix}.{name}", tuple(parameter.shape)
 
+    @property
+    def num_weight_bytes(self) -> int:
+        """Memory of the own parameters, those that are still to come included; tied ones count once."""
+        parts = [*self._layers, self._embedding, self._norm, self._head]
+        parameters = {id(p): p for part in parts if part is not None for p in part.parameters()}
+        # Once set, what is tied are two parameters over the same memory.
+        unique = {p.data_ptr() or key: p for key, p in parameters.items()}
+        return sum(p.numel() * p.element_size() for p in unique.values())
+
     def set_parameter(self, name: str, tensor: Tensor) -> None:
         module_name, _, leaf = name.rpartition(".")
         module = self._model.get_submodule(module_name)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+# The other kinds change with what else is in the batch, or with the length of the sequence.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -68,11 +70,7 @@ def make_bundle_here(source: Path, directory: Path) -> ModelFacts:
         config = _gguf_config(source)
     else:
         config = AutoConfig.from_pretrained(parent, trust_remote_code=False, local_files_only=True)
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        raise ModelError(
-            f"{source}: architecture {config.model_type!r} is not supported "
-            f"(supported: {', '.join(SUPPORTED_MODEL_TYPES)})"
-        )
+    check_config(config, source)
     config.to_json_file(directory / "config.json", use_diff=False)
     if is_gguf:
         _save_gguf_tokenizer(source, directory)
@@ -90,6 +88,24 @@ def make_bundle_here(source: Path, directory: Path) -> ModelFacts:
         num_kv_values_per_token_per_layer=2 * config.num_key_value_heads * head_dim,
         eos_token_ids=_eos_token_ids(parent, config.eos_token_id),
     )
+
+
+def check_config(config: PreTrainedConfig, source: Path) -> None:
+    """Raises ModelError for what stages would not compute as transformers does."""
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        raise ModelError(
+            f"{source}: architecture {config.model_type!r} is not supported "
+            f"(supported: {', '.join(SUPPORTED_MODEL_TYPES)})"
+        )
+    parameters = getattr(config, "rope_parameters", None) or {}
+    # One set for the model, or one per layer type.
+    per_layer_type = [value for value in parameters.values() if isinstance(value, dict)]
+    for one in per_layer_type or [parameters]:
+        rope_type = one.get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            raise ModelError(
+                f"{source}: rope type {rope_type!r} is not supported (supported: {', '.join(ROPE_TYPES)})"
+            )
 
 
 def _gguf_config(source: Path) -> PreTrainedConfig:

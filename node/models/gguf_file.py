@@ -45,17 +45,43 @@ _LAYER_NAMES = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_GEMMA3_LAYER_NAMES = _LAYER_NAMES | {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
+_HEAD_NORM_NAMES = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_WEIGHTS = {
+    "llama": _LAYER_NAMES,
+    "qwen2": _LAYER_NAMES,
+    "qwen3": _LAYER_NAMES | _HEAD_NORM_NAMES,
+    "gemma3": _LAYER_NAMES
+    | _HEAD_NORM_NAMES
+    | {
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    },
+}
+_BIASES = {"qwen2": ("attn_q", "attn_k", "attn_v")}
+# Keys that change what the layers compute, and that are either taken over into the config or, with these
+# values, say nothing new. One that is not here is not understood.
+_MEANINGFUL_KEYS = re.compile(r"(rope|attention|expert|.*softcapping|.*_scale)\b|expert_\w+")
+_KNOWN_KEYS = (
+    "rope.dimension_count",
+    "rope.freq_base",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.layer_norm_rms_epsilon",
+    "attention.key_length",
+    "attention.value_length",
+)
+_NEUTRAL_VALUES = {
+    "rope.scaling.type": "none",
+    "rope.scaling.factor": 1.0,
+    "rope.freq_base_swa": 10000.0,
+    "expert_count": 0,
+    "expert_used_count": 0,
 }
 
 
@@ -70,11 +96,13 @@ class GgufFile:
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
         self._position = 0
+        self._array_keys: list[str] = []
         try:
             self.metadata, num_tensors = self._read_metadata()
             self.architecture = str(self.metadata.get("general.architecture"))
+            self._check_keys()
             self.tensors = self._read_tensors(num_tensors)
-        except (ValueError, struct.error) as error:
+        except (ValueError, OverflowError, struct.error) as error:
             self._map.close()
             raise ModelError(f"{path} is damaged or truncated ({error})") from error
         except ModelError:
@@ -100,6 +128,8 @@ class GgufFile:
             value = self._value(kind)
             if value is not None:
                 metadata[key] = value
+            else:
+                self._array_keys.append(key)
         return metadata, num_tensors
 
     def _value(self, kind: int) -> object:
@@ -119,6 +149,18 @@ class GgufFile:
             raise ValueError(f"unknown array type {element_kind}")
         return None
 
+    def _check_keys(self) -> None:
+        """A key that nobody reads would change the model's output without a word."""
+        for key in (*self.metadata, *self._array_keys):
+            prefix, _, name = key.partition(".")
+            if prefix != self.architecture or not _MEANINGFUL_KEYS.match(name) or name in _KNOWN_KEYS:
+                continue
+            if (prefix, name) == ("gemma3", "attention.sliding_window"):
+                continue
+            value = self.metadata.get(key, "[...]")
+            if name not in _NEUTRAL_VALUES or value != _NEUTRAL_VALUES[name]:
+                raise ModelError(f"{self._path}: {key} = {value!r} is not supported")
+
     def _read_tensors(self, num_tensors: int) -> dict[str, TensorPlace]:
         if self.architecture not in ARCHITECTURES:
             raise ModelError(
@@ -131,7 +173,7 @@ class GgufFile:
             raise ValueError("bad alignment")
         data_start = -(-self._position // alignment) * alignment
         places = [self._place(name, shape, kind, data_start + offset) for name, shape, kind, offset in table]
-        return {place.name: place for place in places if place is not None}
+        return {place.name: place for place in places}
 
     def _tensor_entry(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string()
@@ -142,10 +184,10 @@ class GgufFile:
         kind, offset = self._unpack("<IQ")
         return name, shape, kind, offset
 
-    def _place(self, name: str, shape: tuple[int, ...], kind: int, start: int) -> TensorPlace | None:
+    def _place(self, name: str, shape: tuple[int, ...], kind: int, start: int) -> TensorPlace:
         hf_name = _transformers_name(name, self.architecture)
         if hf_name is None:
-            return None
+            raise ModelError(f"{self._path}: the tensor {name} is not supported for {self.architecture!r}")
         try:
             encoding = GGMLQuantizationType(kind)
         except ValueError as error:
@@ -187,7 +229,9 @@ def _transformers_name(name: str, architecture: str) -> str | None:
     if name in _TOP_NAMES:
         return _TOP_NAMES[name]
     match = re.fullmatch(r"blk\.(\d{1,5})\.(\w+)\.(weight|bias)", name)
-    names = _GEMMA3_LAYER_NAMES if architecture == "gemma3" else _LAYER_NAMES
+    names = _WEIGHTS[architecture]
     if match is None or match[2] not in names:
+        return None
+    if match[3] == "bias" and match[2] not in _BIASES.get(architecture, ()):
         return None
     return f"model.layers.{match[1]}.{names[match[2]]}.{match[3]}"

@@ -44,6 +44,9 @@ class SafetensorsFile:
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             self._map.close()
             raise ModelError(f"{path} is damaged or truncated ({error})") from error
+        except ModelError:
+            self._map.close()
+            raise
 
     def read(self, place: TensorPlace) -> memoryview:
         return memoryview(self._map)[place.start : place.end]
@@ -76,6 +79,9 @@ class SafetensorsFile:
         start, end = offsets
         if any(type(value) is not int or value < 0 for value in (*shape, start, end)):
             raise ValueError(f"bad entry for {name}")
-        if encoding in ITEM_BYTES and end - start != prod(shape) * ITEM_BYTES[encoding]:
+        if encoding not in ITEM_BYTES:
+            supported = ", ".join(ITEM_BYTES)
+            raise ModelError(f"{self._path}: {name} is stored as {encoding!r} (known: {supported})")
+        if end - start != prod(shape) * ITEM_BYTES[encoding]:
             raise ValueError(f"{name} has the wrong size")
         return TensorPlace(name, tuple(shape), encoding, self._path, data_start + start, data_start + end)

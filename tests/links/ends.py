@@ -42,21 +42,9 @@ def rows_frame(position: int, num_bytes: int = 64, session: bytes = SESSION) -> 
 
 def open_session(head: bytes, session: bytes = SESSION) -> OpenSession:
     route = (Stage(KEYS[0].public, "127.0.0.1:1", 0, 2),)
+    prompt_ids = array("I", (1, 2, 3))
     return OpenSession(
-        session,
-        b"m" * 32,
-        route,
-        0,
-        head,
-        b"a" * 32,
-        b"k" * 16,
-        10,
-        3,
-        Sampling(),
-        5,
-        1,
-        0,
-        array("I", (1, 2, 3)),
+        session, b"m" * 32, route, 0, head, b"a" * 32, b"k" * 16, 10, 3, Sampling(), 5, 1, 0, prompt_ids
     )
 
 

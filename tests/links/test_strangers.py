@@ -315,7 +315,7 @@ def test_only_nodes_of_the_roster_are_dialled(adapter: TlsAdapter) -> None:
     stage = adapter.stage(A)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0.2)
-        address = "127.0.0.1:%d" % listener.getsockname()[1]
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises(LinkDown, match="not in the roster"):
             stage.links.connect(OUTSIDER.public, address, TIMEOUT_S)
         with pytest.raises(TimeoutError):
@@ -325,7 +325,7 @@ def test_only_nodes_of_the_roster_are_dialled(adapter: TlsAdapter) -> None:
 def test_a_false_address_does_not_hold_up_the_true_one(adapter: TlsAdapter) -> None:
     one, other = adapter.stage(A), adapter.stage(B)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        address = "127.0.0.1:%d" % silent.getsockname()[1]
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
 
         def dial_the_false_one() -> None:
             with suppress(LinkDown):
@@ -333,10 +333,11 @@ def test_a_false_address_does_not_hold_up_the_true_one(adapter: TlsAdapter) -> N
 
         false = threading.Thread(target=dial_the_false_one)
         false.start()
-        silent.accept()
+        held, _ = silent.accept()
         connect(one, other)
         assert false.is_alive()
         false.join()
+        held.close()
     one.links.send(other.node, rows_frame(6), Lane.DECODE)
     eventually(lambda: other.positions == [6])
     assert not other.downs
