@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from bisect import insort
+import itertools
+from bisect import bisect_right, insort
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from ledger.receipt import Receipt, SignedReceipt
 from ledger.session_record import Consumption, Hold, Payment, Resolution, SessionRecord, SessionState
 
 SessionKey = tuple[bytes, bytes]
+MAX_CLOCK_SKEW_MS = 60 * 60 * 1000
 Payments = Mapping[tuple[int, bytes], Payment]
 
 
@@ -287,9 +289,11 @@ class Books:
         return {member: MemberTotals(**totals) for member, totals in self._totals.items()}
 
     def recent_sessions(self, limit: int, now_ms: int) -> list[SessionSummary]:
-        """The sessions opened last, newest first."""
-        newest = self._recent[-limit:] if limit > 0 else []
-        found = (self.session(head, session, now_ms) for _, head, session in reversed(newest))
+        """The sessions opened last, newest first; those a clock far ahead of ours dates come last."""
+        num_dated = bisect_right(self._recent, (now_ms + MAX_CLOCK_SKEW_MS + 1,))
+        places = itertools.chain(range(num_dated)[::-1], range(num_dated, len(self._recent))[::-1])
+        newest = (self._recent[place] for place in itertools.islice(places, max(limit, 0)))
+        found = (self.session(head, session, now_ms) for _, head, session in newest)
         return [summary for summary in found if summary is not None]
 
     def session(self, head: bytes, session: bytes, now_ms: int) -> SessionSummary | None:

@@ -13,7 +13,7 @@ from threading import RLock
 
 from ledger import sync
 from ledger.books import Books, MemberTotals, SessionSummary, UnknownPartyError
-from ledger.chains import Chain, Fork, Tip
+from ledger.chains import MAX_NUM_BRANCHES, Chain, Fork, Tip
 from ledger.directory import Directory
 from ledger.entry import (
     FIRST_PREV_HASH,
@@ -171,7 +171,8 @@ class Ledger:
     def _advertised(self, chain: Chain) -> tuple[Tip, ...]:
         rewind = self._rewinds.get(chain.author, 0)
         last = chain.last
-        if not rewind or last is None:
+        # With no room for another branch, looking for where one left ours is of no use.
+        if not rewind or last is None or len(chain.tips) >= MAX_NUM_BRANCHES:
             return chain.sorted_tips()
         index = max(0, last.index - rewind)
         return tuple(Tip(index, hash_) for hash_ in self._journal.hashes_at(chain.author, index))

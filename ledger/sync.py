@@ -6,6 +6,7 @@ arrive is missing again in the next round. A head names every branch of an autho
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 
@@ -24,7 +25,8 @@ _MAX_NUM_POINTS = 10_000
 MAX_HEADS_BYTES = _MAX_NUM_POINTS * (_POINT_BYTES + 2) + 16
 MAX_NUM_ENTRIES_PER_BATCH = 4_096
 _MAX_BATCH_BYTES = 4 * 1024 * 1024
-_READ_AHEAD = 256
+# More than the branches of one author, so that a page always gets beyond its first index.
+_READ_AHEAD = 64
 
 
 class SyncError(ValueError):
@@ -85,29 +87,61 @@ def missing(
 ) -> tuple[list[bytes], bool]:
     """Raw entries that a replica with heads `theirs` lacks, parents first, and whether there are more.
 
-    At least one entry is returned when one is missing, however small `max_bytes` is.
+    At least one entry is returned when one is missing, however small `max_bytes` is. Authors take turns and
+    those that forked come last, so that entries the reader refuses never keep the others' back.
     """
+    unforked = [_missing_of(journal, chains[a], theirs.get(a, ())) for a in _authors(chains, False)]
+    forked = [_missing_of(journal, chains[a], theirs.get(a, ())) for a in _authors(chains, True)]
     batch: list[bytes] = []
     num_bytes = 0
-    for author in sorted(chains):
-        for record in _missing_of(journal, chains[author], theirs.get(author, ())):
-            num_bytes += len(record.raw)
-            if batch and (num_bytes > max_bytes or len(batch) == MAX_NUM_ENTRIES_PER_BATCH):
-                return batch, True
-            batch.append(record.raw)
+    for record in itertools.chain(_in_turns(unforked), _in_turns(forked)):
+        num_bytes += len(record.raw)
+        if batch and (num_bytes > max_bytes or len(batch) == MAX_NUM_ENTRIES_PER_BATCH):
+            return batch, True
+        batch.append(record.raw)
     return batch, False
+
+
+def _authors(chains: Mapping[bytes, Chain], is_forked: bool) -> list[bytes]:
+    return sorted(author for author, chain in chains.items() if chain.is_forked is is_forked)
+
+
+def _in_turns(sources: list[Iterator[Record]]) -> Iterator[Record]:
+    """One record of each source after the other."""
+    while sources:
+        remaining = []
+        for source in sources:
+            record = next(source, None)
+            if record is not None:
+                remaining.append(source)
+                yield record
+        sources = remaining
 
 
 def _missing_of(journal: Journal, chain: Chain, theirs: tuple[Tip, ...]) -> Iterator[Record]:
     if set(theirs) == set(chain.sorted_tips()):
         return
     known = [tip for tip in theirs if tip.hash in journal.hashes_at(chain.author, tip.index)]
+    if len(theirs) >= MAX_NUM_BRANCHES:
+        # They hold proof enough and take no further branch: only what follows their own is of use.
+        yield from _descendants(journal, chain, known)
+        return
     start = _start_index(chain, theirs, known)
     if start is None:
         return
     held = _ancestry(journal, chain, known, start) if chain.is_forked else frozenset()
     for record in _read_from(journal, chain.author, start):
         if record.hash not in held:
+            yield record
+
+
+def _descendants(journal: Journal, chain: Chain, known: Sequence[Tip]) -> Iterator[Record]:
+    if not known:
+        return
+    reached = {tip.hash for tip in known}
+    for record in _read_from(journal, chain.author, min(tip.index for tip in known) + 1):
+        if record.prev_hash in reached:
+            reached.add(record.hash)
             yield record
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from ledger.books import Books, UnknownPartyError
 from ledger.entry import (
     ISSUANCE,
+    MAX_TIME_MS,
     TREASURY,
     AccountOpened,
     Body,
@@ -267,6 +269,19 @@ def test_recent_sessions_are_newest_first() -> None:
     books = books_of([writer.entry(0, WORLD.hold(session_id(n)), time_ms=ms) for n, ms in times.items()])
     recent = books.recent_sessions(2, START_MS)
     assert [summary.session for summary in recent] == [session_id(2), session_id(3)]
+
+
+def test_a_session_from_the_far_future_is_not_the_newest_for_ever() -> None:
+    writer = Writer()
+    times = {1: START_MS, 2: MAX_TIME_MS - 1, 3: START_MS + 2}
+    books = books_of([writer.entry(0, dated_hold(n, ms), time_ms=ms) for n, ms in times.items()])
+    recent = [summary.session for summary in books.recent_sessions(3, START_MS + 2)]
+    assert recent == [session_id(3), session_id(1), session_id(2)]
+    assert [summary.session for summary in books.recent_sessions(1, START_MS)] == [session_id(3)]
+
+
+def dated_hold(number: int, time_ms: int) -> Body:
+    return replace(WORLD.hold(session_id(number)), expires_at_ms=time_ms + 1)
 
 
 def test_an_unknown_party_changes_nothing() -> None:

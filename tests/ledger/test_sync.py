@@ -173,6 +173,65 @@ def test_one_author_cannot_make_others_store_branches_without_end() -> None:
     assert [refusal.reason for refusal in result.refused] == ["its author forked too often"] * 3
 
 
+def replicas_of_a_forker(num_branches: int) -> tuple[World, list[Ledger]]:
+    """Node 0 forks: two replicas took as many branches as a replica keeps, and no branch in common."""
+    world = World()
+    node, readers = world.nodes[0], [world.ledger(1), world.ledger(2)]
+    for number, reader in enumerate(readers):
+        for branch in range(num_branches):
+            time_ms = START_MS + 100 * number + branch
+            reader.ingest([sign_entry(POD, node.public, 0, bytes(32), time_ms, Issued(1), node.sign).raw])
+    return world, readers
+
+
+@pytest.mark.parametrize("max_bytes", [1, 1_000, 1 << 20])
+def test_a_forking_member_does_not_stop_honest_authors(max_bytes: int) -> None:
+    world, readers = replicas_of_a_forker(MAX_NUM_BRANCHES)
+    for number, reader in enumerate(readers):
+        for session in range(3):
+            reader.append(world.hold(session_id(session), payer=number + 1))
+    for _ in range(8):
+        pull(readers[0], readers[1], max_bytes)
+        pull(readers[1], readers[0], max_bytes)
+    for reader in readers:
+        assert len(reader.open_holds()) == 6
+        assert reader.is_frozen(world.nodes[0].public)
+    # Nothing that would be refused is offered again.
+    assert readers[0].missing(readers[1].heads(), max_bytes) == ([], False)
+    assert readers[1].missing(readers[0].heads(), max_bytes) == ([], False)
+
+
+def test_a_full_replica_still_takes_what_follows_its_own_branches() -> None:
+    world, (first, second) = replicas_of_a_forker(MAX_NUM_BRANCHES)
+    third = World().ledger(1)
+    third.ingest(raws(first))
+    node = world.nodes[0]
+    tip = first.heads()[node.public][3]
+    first.ingest([sign_entry(POD, node.public, 1, tip.hash, START_MS, Issued(9), node.sign).raw])
+    pull(third, first)
+    assert third.digest() == first.digest()
+    assert first.missing(second.heads(), 1 << 20) == ([], False)
+
+
+def test_every_author_moves_on_in_each_piece() -> None:
+    """An author whose entries wait for another's does not keep that other back."""
+    world = World()
+    stage, head = sorted((0, 1), key=lambda number: world.nodes[number].public)
+    ledgers, reader = {number: world.ledger(number) for number in (stage, head)}, world.ledger(2)
+    for number in range(30):
+        ledgers[head].append(world.hold(session_id(number), payer=head))
+    ledgers[stage].ingest(raws(ledgers[head]))
+    for number in range(30):
+        receipt = world.receipt(session_id(number), head=head, stage=stage, payer=head)
+        ledgers[stage].append(ReceiptClaimed(world.head_signed(receipt)))
+    for _ in range(200):
+        before = reader.num_entries()
+        if not pull(reader, ledgers[stage], max_bytes=2_000):
+            break
+        assert reader.num_entries() > before
+    assert reader.digest() == ledgers[stage].digest()
+
+
 def test_heads_survive_their_encoding() -> None:
     heads = {b"a" * 32: (Tip(3, b"x" * 32),), b"b" * 32: (Tip(0, b"y" * 32), Tip(7, b"z" * 32))}
     assert sync.decode_heads(sync.encode_heads(heads)) == heads
