@@ -74,7 +74,10 @@ def open_membership(home: PodHome) -> Membership:
 
 
 def open_ledger(home: PodHome, membership: Membership) -> LedgerThread:
-    """This node's ledger, with its member's account opened and, for the owner, the first credit issued."""
+    """This node's ledger, with its member's account opened and, for the owner, the first credit issued.
+
+    Not so when the file was lost: this node's journal is at the others, and what it wrote now would fork it.
+    """
     roster = membership.roster
     directory = RosterDirectory(lambda: membership.roster)
     try:
@@ -88,7 +91,9 @@ def open_ledger(home: PodHome, membership: Membership) -> LedgerThread:
         )
     except JournalError as error:
         raise UserError(f"the ledger cannot be opened: {error}") from None
-    if membership.node_id in roster.nodes:
+    # A plan is only ever kept after the ledger was begun.
+    is_lost = ledger.num_entries() == 0 and home.plan_file.exists() and len(roster.nodes) > 1
+    if membership.node_id in roster.nodes and not is_lost:
         if roster.owner.id == membership.member_id and ledger.num_entries() == 0:
             ledger.append(Issued(INITIAL_ISSUE_MICROCREDITS))
         if not ledger.is_account_open(membership.member_id):
