@@ -78,7 +78,10 @@ async def _life_of_an_engine(llama: TinyModel, tmp_path: Path) -> None:
         assert ready.memory_bytes == 64 << 20
         assert ready.num_threads == 1
         assert ready.bytes_per_second > 10**8
-        await client.set_trust([certificate(KeyPair.of_seed(bytes(32)))])
+        async with engine(tmp_path, [], ready.data_address) as second:
+            with pytest.raises(EngineError, match=r"^cannot listen on 127\.0\.0\.1:\d+: .*in use$"):
+                await second.start()
+        await client.set_trust([certificate(KeyPair.of_seed(bytes(32))), b"no certificate"])
         await client.set_rate_card(DEFAULT_RATE_CARD.encode())
 
         progress: list[tuple[int, int]] = []
@@ -119,17 +122,6 @@ async def _life_of_an_engine(llama: TinyModel, tmp_path: Path) -> None:
         second_process = client.process_id
     assert second_process is not None
     assert not is_alive(second_process)
-
-
-def test_a_taken_address_is_one_clear_line(tmp_path: Path) -> None:
-    async def start_twice() -> None:
-        async with engine(tmp_path, []) as first:
-            ready = await first.start()
-            async with engine(tmp_path, [], ready.data_address) as second:
-                with pytest.raises(EngineError, match=r"^cannot listen on 127\.0\.0\.1:\d+: .*in use$"):
-                    await second.start()
-
-    asyncio.run(start_twice())
 
 
 def test_an_engine_ends_with_its_parent(tmp_path: Path) -> None:

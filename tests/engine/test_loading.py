@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 import struct
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -101,9 +103,12 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> ModelPackage:
 
 def dequantized_by_transformers(path: Path) -> PreTrainedModel:
     """What `from_pretrained(gguf_file=...)` does for this architecture, without needing accelerate."""
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
-    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    with pytest.MonkeyPatch.context() as patch:
+        # Config and tensors come from one reading of the file, which takes seconds.
+        patch.setattr(gguf, "GGUFReader", cache(gguf.GGUFReader))
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        model = AutoModelForCausalLM.from_config(config).float().eval()
+        tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert set(missing) <= {"lm_head.weight"}
     assert not unexpected
