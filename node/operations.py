@@ -32,7 +32,6 @@ from pod.membership import MembershipError
 from pod.roster.apply import RosterError
 from pod.roster.events import (
     EventError,
-    InviteRevoked,
     KeyIssued,
     KeyRevoked,
     ModelDeployed,
@@ -249,7 +248,7 @@ async def invite_revoke(office: Office, arguments: Arguments, _tell: TellProgres
     found = [one for one in office.membership.roster.invites.values() if one.id.hex().startswith(wanted)]
     if len(found) != 1 or len(wanted) < 4:
         raise UserError(f"no invite has the id {wanted}")
-    office.membership.issue(InviteRevoked(found[0].id))
+    office.membership.revoke_invite(found[0].id)
     return {"invite_id": wanted, "revoked": True}
 
 

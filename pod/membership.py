@@ -209,8 +209,6 @@ class Membership:
 
     def issue(self, body: Body) -> Event:
         """Signs an event with the member's key, stores and gossips it. Whether it counts, the roster says."""
-        if isinstance(body, InviteRevoked):
-            return self.revoke_invite(body.invite)
         return self._add(self._signed(body))
 
     def invite(

@@ -74,7 +74,7 @@ class InviteRevoked:
     """`kept` are the hashes of the joins with this invite that stay valid; nobody else joins with it."""
 
     invite: Id
-    kept: Hashes = ()
+    kept: Hashes
 
 
 @dataclass(frozen=True, slots=True)
