@@ -24,7 +24,8 @@ demo: setup
 
 test: setup
 	@sh tests/browser/install-chromium.sh
-	$(BIN)/python -m pytest
+	@# Two at once: whatever starts node processes in one, the rest in the other.
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 check: setup
 	$(BIN)/ruff check .

@@ -5,6 +5,9 @@ refusal says why. The admitting node's clock judges the expiry.
 
 from __future__ import annotations
 
+import asyncio
+import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
@@ -29,6 +32,9 @@ from pod.roster.replica import decode_page, event_page
 from pod.roster.roster import InviteState, Roster
 
 JOIN_TIMEOUT_S = 10.0
+# A lost answer is asked for again for so long, after a pause.
+MAX_REPEAT_S = 8.0
+REPEAT_DELAY_S = (0.2, 1.0)
 CONNECT_TIMEOUT_S = 12.0
 MAX_PAGE_BYTES = 512 * 1024
 MAX_NUM_PAGES = 64
@@ -136,6 +142,19 @@ async def join(
     Raises JoinError: the reason of the refusal, or every address that was tried.
     """
     draft = application(invite.pod, invite.key, member, member_name, node, node_name)
+    began_s = time.monotonic()
+    while True:
+        try:
+            return await _join_once(transport, invite, draft, node.public)
+        except JoinError as error:
+            if not error.undecided or time.monotonic() - began_s > MAX_REPEAT_S:
+                raise
+        # Two who use one invite at the same moment share its key: the later link replaces the earlier.
+        await asyncio.sleep(random.uniform(*REPEAT_DELAY_S))  # noqa: S311  # spreads repeats, no secret
+
+
+async def _join_once(transport: ControlTransport, invite: Invite, draft: bytes, node: bytes) -> RosterLog:
+    """One round over the invite's addresses. JoinError is undecided when an answer was lost."""
     failures: list[str] = []
     undecided = False
     for peer, addresses in _by_node(invite.addresses).items():
@@ -149,7 +168,7 @@ async def join(
             failures.append(str(error))
             continue
         try:
-            return await _ask(transport, peer, invite, draft, node.public)
+            return await _ask(transport, peer, invite, draft, node)
         except RefusedError as error:
             raise JoinError(str(error)) from None
         except ControlError as error:

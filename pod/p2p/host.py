@@ -163,13 +163,15 @@ class Host:
     async def _run_link(self, link: Link) -> None:
         links = self._links.setdefault(link.peer, [])
         # Two nodes that dial each other at once keep both links. A peer that dials again has lost its
-        # last one, even where this side cannot see that yet.
-        for replaced in [one for one in links if one.inbound == link.inbound]:
+        # last one, even where this side cannot see that yet. Joiners who share an invite share its key: each
+        # keeps its own link for the little while a join takes.
+        is_node = self._events.is_node(link.peer)
+        for replaced in [one for one in links if is_node and one.inbound == link.inbound]:
             links.remove(replaced)
             self._spawn(replaced.close)
         links.append(link)
         self._events.on_links(link.peer, len(links))
-        if not self._events.is_node(link.peer):
+        if not is_node:
             self._spawn(_close_later, link)
         try:
             await link.run()

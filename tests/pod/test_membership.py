@@ -158,7 +158,11 @@ def test_a_join_costs_one_round_trip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failure", [ControlError("no answer"), asyncio.CancelledError()])
-def test_a_join_whose_answer_was_lost_can_be_repeated(tmp_path: Path, failure: BaseException) -> None:
+def test_a_join_whose_answer_was_lost_can_be_repeated(
+    tmp_path: Path, failure: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pod.admission.MAX_REPEAT_S", 0)
+
     async def scenario(machines: Machines) -> None:
         olga = await machines.create("olga")
         text = olga.invite().text()

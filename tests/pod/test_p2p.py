@@ -348,3 +348,15 @@ def test_nodes_of_one_pod_find_each_other_on_the_local_network() -> None:
     finally:
         for end in ends:
             end.stop()
+
+
+def test_four_use_one_invite_at_the_same_moment(tmp_path: Path) -> None:
+    """They dial under one peer id, so each new link ends the one before: asking again must be enough."""
+
+    async def scenario(machines: Machines) -> None:
+        olga = await machines.create("olga")
+        text = olga.invite(max_num_uses=4).text()
+        await asyncio.gather(*(machines.join(f"joiner{n}", text) for n in range(4)))
+        assert len(olga.roster.members) == 5
+
+    play(tmp_path, scenario)
