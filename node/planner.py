@@ -96,9 +96,16 @@ class Planner:
         return now_s - self._waiting_since_s < 2 * PATIENCE_S
 
     def _awaited(self) -> set[bytes]:
-        """Live nodes that are starting, and nodes of the plan that are away or not able to serve yet."""
+        """Live nodes that are starting or have not yet said whether they have a model's files, and nodes of
+        the plan that are away or not able to serve yet.
+        """
         live, statuses = self._state.live(), self._state.statuses()
-        starting = {node for node, status in statuses.items() if node in live and status.starting}
+        models = {model.model for model in self._state.view().models}
+        starting = {
+            node
+            for node, status in statuses.items()
+            if node in live and (status.starting or (status.serving and not models <= status.models_judged()))
+        }
         assignments = self._book.plan.assignments if self._book.plan is not None else ()
         planned = {a.node for a in assignments} & self._state.roster.nodes.keys()
         away = {

@@ -5,7 +5,7 @@ Knows the words and their limits; knows neither how adverts travel nor what plac
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from pod.canonical import decode, encode
@@ -55,8 +55,9 @@ class NodeStatus:
     models_available: tuple[bytes, ...] = ()
     problems: tuple[tuple[bytes, str], ...] = ()
 
-    def with_shards(self, shards: tuple[ShardStatus, ...]) -> NodeStatus:
-        return replace(self, shards=shards)
+    def models_judged(self) -> frozenset[bytes]:
+        """The models of which it has said that it has the files, or why it does not serve them."""
+        return frozenset(self.models_available) | {model for model, _ in self.problems}
 
     def encode(self) -> bytes:
         shards = [

@@ -106,6 +106,16 @@ def test_nodes_that_are_starting_are_waited_for_but_not_forever(bench: Bench) ->
     assert len(bench.ranges()) == 2
 
 
+def test_nodes_that_have_not_looked_for_the_files_yet_are_waited_for(bench: Bench) -> None:
+    bench.state.known[IDS[1]] = replace(SERVING, models_available=())
+    bench.state.known[IDS[2]] = replace(SERVING, models_available=())
+    assert not any(bench.consider())
+    bench.state.known[IDS[1]] = SERVING
+    bench.state.known[IDS[2]] = replace(SERVING, models_available=(), problems=((MODEL, "no such file"),))
+    assert bench.consider() == [True, False, False]
+    assert len(bench.ranges()) == 2
+
+
 def test_a_restart_moves_nothing(bench: Bench) -> None:
     bench.consider()
     before = bench.ranges()
