@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
+
+# Several processes share the cores: more threads in each would only get in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 # It tests pages of this machine only: nothing it would look up elsewhere is wanted.
@@ -27,6 +31,8 @@ QUIET = (
 WITH_PROCESSES = frozenset({"compose", "e2e"})
 
 
+# Before xdist reads the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Groups for parallel runs: all tests with node processes in one, every other file by itself."""
     for item in items:

@@ -103,9 +103,9 @@ def pod(tmp_path_factory: pytest.TempPathFactory, packages: Path) -> Iterator[Lo
     stop_pod(started)
 
 
-@pytest.fixture
-def own_pod(tmp_path: Path, packages: Path) -> Iterator[LocalPod]:
-    """A pod for a test that kills or removes nodes."""
-    started = start_pod(tmp_path, packages)
+@pytest.fixture(scope="session")
+def mortal_pod(tmp_path_factory: pytest.TempPathFactory, packages: Path) -> Iterator[LocalPod]:
+    """One pod for the tests that kill nodes (and bring them back), and last of all for the removal."""
+    started = start_pod(tmp_path_factory.mktemp("mortal"), packages)
     yield started
     stop_pod(started)

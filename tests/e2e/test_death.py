@@ -26,11 +26,11 @@ def identity(node: LocalNode) -> str:
     return str(node.pod("status")["node"]["id"])
 
 
-def test_a_stage_killed_in_a_stream_ends_it_and_the_pod_recovers(own_pod: LocalPod) -> None:
-    asked, victim = own_pod.nodes[0], own_pod.nodes[2]
+def test_a_stage_killed_in_a_stream_ends_it_and_the_pod_recovers(mortal_pod: LocalPod) -> None:
+    asked, victim = mortal_pod.nodes[0], mortal_pod.nodes[2]
     before = identity(victim)
-    untouched = [node.process.pid for node in own_pod.nodes[:2] if node.process is not None]
-    stream = own_pod.client(0).completions.create(
+    untouched = [node.process.pid for node in mortal_pod.nodes[:2] if node.process is not None]
+    stream = mortal_pod.client(0).completions.create(
         model=MODEL,
         prompt="Once upon a time",
         max_tokens=2000,
@@ -58,20 +58,20 @@ def test_a_stage_killed_in_a_stream_ends_it_and_the_pod_recovers(own_pod: LocalP
 
     def answers() -> bool:
         try:
-            done = own_pod.client(1).completions.create(model=MODEL, prompt="Hello", max_tokens=4)
+            done = mortal_pod.client(1).completions.create(model=MODEL, prompt="Hello", max_tokens=4)
         except openai.APIStatusError:
             return False
         return bool(done.choices[0].text)
 
     wait_until("the next request works", answers, 60, 0.5)
-    assert untouched == [node.process.pid for node in own_pod.nodes[:2] if node.process is not None]
-    for node in own_pod.nodes:
+    assert untouched == [node.process.pid for node in mortal_pod.nodes[:2] if node.process is not None]
+    for node in mortal_pod.nodes:
         assert node.pod("ledger", "verify")["ok"]
 
 
-def test_any_node_comes_back_as_itself_after_kill_9(own_pod: LocalPod) -> None:
-    own_pod.client(0).completions.create(model=MODEL, prompt="Hello", max_tokens=4)
-    for node in own_pod.nodes:
+def test_any_node_comes_back_as_itself_after_kill_9(mortal_pod: LocalPod) -> None:
+    mortal_pod.client(0).completions.create(model=MODEL, prompt="Hello", max_tokens=4)
+    for node in mortal_pod.nodes:
         before, num_entries = identity(node), node.pod("ledger")["num_entries"]
         kill(node)
         verified = node.pod("ledger", "verify")
@@ -81,5 +81,5 @@ def test_any_node_comes_back_as_itself_after_kill_9(own_pod: LocalPod) -> None:
         node.wait_until_up()
         assert identity(node) == before
     for index in range(3):
-        own_pod.wait_ready(index, 1)
-    own_pod.client(1).completions.create(model=MODEL, prompt="Hello", max_tokens=4)
+        mortal_pod.wait_ready(index, 1)
+    mortal_pod.client(1).completions.create(model=MODEL, prompt="Hello", max_tokens=4)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from node.models.package import build_package
@@ -30,12 +32,7 @@ PROMPTS = (
 def test_five_prompts_give_the_tokens_of_transformers(pod: LocalPod, packages: Path) -> None:
     """Greedy, float32, 64 tokens. The reference dequantizes the same file by transformers' own means."""
     tokenizer = ChatTokenizer(build_package(MODEL, "auto", packages).directory)
-    path = resolve(MODEL).weights[0]
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
-    model.load_state_dict(tensors, strict=False)
-    model.tie_weights()
+    model = dequantized_by_transformers(resolve(MODEL).weights[0])
     prompts_ids = [tokenizer.encode(prompt) for prompt in PROMPTS]
     with ThreadPoolExecutor(len(PROMPTS)) as executor:
         answers = list(executor.map(lambda ids: _ask(pod, ids), prompts_ids))
@@ -58,3 +55,18 @@ def _ask(pod: LocalPod, prompt_ids: list[int]) -> str:
     assert done.usage is not None
     assert done.usage.completion_tokens == NUM_TOKENS
     return done.choices[0].text
+
+
+def dequantized_by_transformers(path: Path) -> PreTrainedModel:
+    """What `from_pretrained(gguf_file=...)` does for this architecture, without needing accelerate."""
+    with pytest.MonkeyPatch.context() as patch:
+        # Config and tensors come from one reading of the file, which takes seconds.
+        patch.setattr(gguf, "GGUFReader", cache(gguf.GGUFReader))
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        model = AutoModelForCausalLM.from_config(config).float().eval()
+        tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert set(missing) <= {"lm_head.weight"}
+    assert not unexpected
+    model.tie_weights()
+    return model

@@ -49,22 +49,24 @@ def test_an_outsider_is_refused_on_the_stage_link(pod: LocalPod, tmp_path: objec
         assert _handshake_refused(address, certificate_pem(outsider), key_pem(outsider), tmp_path)
 
 
-def test_a_removed_node_is_cut_off_within_two_seconds(own_pod: LocalPod) -> None:
-    removed = own_pod.nodes[2]
+def test_a_removed_node_is_cut_off_within_two_seconds(mortal_pod: LocalPod) -> None:
+    for index in range(3):
+        mortal_pod.wait_ready(index, 1)
+    removed = mortal_pod.nodes[2]
     key = removed.pod("key", "create")["key"]
     began_s = time.monotonic()
-    own_pod.nodes[0].pod("members", "remove", removed.member)
+    mortal_pod.nodes[0].pod("members", "remove", removed.member)
 
     def is_cut_off() -> bool:
-        views = [node.pod("status") for node in own_pod.nodes[:2]]
+        views = [node.pod("status") for node in mortal_pod.nodes[:2]]
         return all(removed.member not in {row["member"] for row in view["nodes"]} for view in views)
 
     wait_until("the removed member gone everywhere", is_cut_off, 5)
-    for node in own_pod.nodes[:2]:
+    for node in mortal_pod.nodes[:2]:
         answer = httpx.get(f"{node.api_url}/v1/models", headers={"authorization": f"Bearer {key}"})
         assert answer.status_code == 401
     assert removed.process is not None
     code = removed.process.wait(10)
     assert code != 0
     assert time.monotonic() - began_s < 15
-    assert MODEL in {card.id for card in own_pod.client(1).models.list()}
+    assert MODEL in {card.id for card in mortal_pod.client(1).models.list()}

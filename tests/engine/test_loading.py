@@ -5,24 +5,18 @@ from __future__ import annotations
 import shutil
 import struct
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from node.engine.device import choose_device, choose_dtype
 from node.engine.loader import load_shard
-from node.links.frames import Sampling
 from node.models.bundle import make_bundle_here
 from node.models.errors import ModelError
 from node.models.package import ModelPackage, build_package
 from node.models.safetensors_file import SafetensorsFile
 from node.models.tensors import layer_of
-from node.models.tokenizer import ChatTokenizer
 from tests.engine.ring import Ring, load
 from tests.engine.tiny import NUM_LAYERS, TinyModel
 
@@ -99,38 +93,6 @@ def test_a_part_of_a_shard_can_serve(llama: TinyModel) -> None:
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> ModelPackage:
     models_dir = tmp_path_factory.mktemp("models")
     return build_package("smollm2-135m", "float32", models_dir, make_bundle=make_bundle_here)
-
-
-def dequantized_by_transformers(path: Path) -> PreTrainedModel:
-    """What `from_pretrained(gguf_file=...)` does for this architecture, without needing accelerate."""
-    with pytest.MonkeyPatch.context() as patch:
-        # Config and tensors come from one reading of the file, which takes seconds.
-        patch.setattr(gguf, "GGUFReader", cache(gguf.GGUFReader))
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-        model = AutoModelForCausalLM.from_config(config).float().eval()
-        tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    assert set(missing) <= {"lm_head.weight"}
-    assert not unexpected
-    model.tie_weights()
-    return model
-
-
-def test_gguf_split_in_three_gives_the_tokens_of_transformers(smollm2: ModelPackage) -> None:
-    tokenizer = ChatTokenizer(smollm2.directory, smollm2.manifest.eos_token_ids)
-    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in QUESTIONS]
-    reference = dequantized_by_transformers(smollm2.weights[0])
-    eos_token_ids = smollm2.manifest.eos_token_ids
-    sampling = Sampling(temperature=0, max_num_output_tokens=64, eos_token_ids=eos_token_ids)
-    with Ring(smollm2, (10, 20)) as ring:
-        tokens = ring.generate(prompts, sampling)
-    for prompt, ours in zip(prompts, tokens, strict=True):
-        ids = torch.tensor([prompt])
-        theirs = reference.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64, pad_token_id=2
-        )
-        assert ours == theirs[0, len(prompt) :].tolist()
-    assert "Paris" in tokenizer.decode(tokens[0])
 
 
 def test_gguf_reads_only_own_tensors(smollm2: ModelPackage) -> None:
