@@ -24,8 +24,11 @@ demo: setup
 
 test: setup
 	@sh tests/browser/install-chromium.sh
-	@# Two at once: whatever starts node processes in one, the rest in the other.
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	@# Two runs at once: what starts whole pods in one, everything else in the other.
+	@mkdir -p artefacts; \
+	$(BIN)/python -m pytest -o cache_dir=.pytest_cache/units --ignore tests/compose --ignore tests/e2e >artefacts/units.log 2>&1 & units=$$!; \
+	$(BIN)/python -m pytest -o cache_dir=.pytest_cache/pods tests/compose tests/e2e; pods=$$?; \
+	wait $$units; units=$$?; cat artefacts/units.log; exit $$((pods | units))
 
 check: setup
 	$(BIN)/ruff check .

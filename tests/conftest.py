@@ -27,19 +27,6 @@ QUIET = (
 )
 
 
-# What starts whole pods runs one after the other, beside everything else.
-WITH_PROCESSES = frozenset({"compose", "e2e"})
-
-
-# Before xdist reads the groups.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups for parallel runs: all tests with node processes in one, every other file by itself."""
-    for item in items:
-        is_pod = item.path.parent.name in WITH_PROCESSES
-        item.add_marker(pytest.mark.xdist_group("pods" if is_pod else str(item.path)))
-
-
 @pytest.fixture(scope="session")
 def artefacts() -> Path:
     """Where screenshots are kept; not under version control."""
