@@ -1,0 +1,177 @@
+"""Weights of four or eight bits in groups of 32 along the inner dimension: value = scale * code + minimum.
+
+Made from floats or straight from a GGUF file's blocks (a reshuffling of bytes, nothing is dequantized). It
+knows no model and multiplies nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GROUP = 32
+# Bytes of one group: scale and minimum of two bytes each and 16 of codes; a scale and 32 of codes.
+GROUP_BYTES = {4: 20, 8: 34}
+GGUF_BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
+_HALF = GROUP // 2
+_CHUNK_VALUES = 1 << 20
+_NUM_REFITS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A weight `[N, K]` on the CPU, K a multiple of 32.
+
+    `codes`: of four bits uint8 `[N, K/2]`, where byte j of a group's 16 holds code j (low) and j + 16 (high),
+    as in GGUF; of eight bits int8 `[N, K]`. `scales` and `minima` are float16 `[N, K/32]`; None is all zero.
+    """
+
+    bits: int
+    codes: Tensor
+    scales: Tensor
+    minima: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        num_rows, num_groups = self.scales.shape
+        return num_rows, num_groups * GROUP
+
+    @property
+    def num_bytes(self) -> int:
+        parts = (self.codes, self.scales, self.minima)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    @property
+    def is_finite(self) -> bool:
+        """Codes always are; a scale or minimum may be NaN or infinite in a damaged file."""
+        parts = (self.scales, self.minima)
+        return all(bool(part.isfinite().all()) for part in parts if part is not None)
+
+    def rows(self, indices: Tensor) -> PackedWeight:
+        """These rows in this order, a copy."""
+        minima = None if self.minima is None else self.minima[indices]
+        return PackedWeight(self.bits, self.codes[indices], self.scales[indices], minima)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`[N, K]`, computed in float32."""
+        num_rows, num_columns = self.shape
+        values = torch.empty(num_rows, num_columns, dtype=dtype, device=self.codes.device)
+        step = max(1, _CHUNK_VALUES // num_columns)
+        for start in range(0, num_rows, step):
+            part = slice(start, start + step)
+            values[part] = self._float_rows(part)
+        return values
+
+    def _float_rows(self, part: slice) -> Tensor:
+        scales_NG = self.scales[part].float()
+        values_NGI = self._codes_of(part).float() * scales_NG[..., None]
+        if self.minima is not None:
+            values_NGI += self.minima[part].float()[..., None]
+        return values_NGI.flatten(1)
+
+    def _codes_of(self, part: slice) -> Tensor:
+        num_groups = self.scales.shape[1]
+        codes = self.codes[part]
+        if self.bits == 8:
+            return codes.view(-1, num_groups, GROUP)
+        bytes_NGJ = codes.view(-1, num_groups, _HALF)
+        return torch.cat([bytes_NGJ & 0xF, bytes_NGJ >> 4], dim=-1)
+
+
+def packed_num_bytes(shape: tuple[int, ...], bits: int) -> int:
+    return prod(shape) // GROUP * GROUP_BYTES[bits]
+
+
+def can_pack(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and shape[1] % GROUP == 0
+
+
+def from_float(weight_NK: Tensor, bits: int) -> PackedWeight:
+    """Quantize; beyond the result it holds floats of a few rows. What is not finite comes out as such scales."""
+    assert can_pack(tuple(weight_NK.shape)), weight_NK.shape
+    pack = {4: _pack4, 8: _pack8}[bits]
+    num_rows, num_columns = weight_NK.shape
+    step = max(1, _CHUNK_VALUES // num_columns)
+    parts = [
+        pack(weight_NK[start : start + step].float().view(-1, num_columns // GROUP, GROUP))
+        for start in range(0, num_rows, step)
+    ]
+    minima = [part.minima for part in parts if part.minima is not None]
+    return PackedWeight(
+        bits,
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        torch.cat(minima) if minima else None,
+    )
+
+
+def from_gguf(raw: np.ndarray, encoding: str, shape: tuple[int, int]) -> PackedWeight:
+    """The blocks of a GGUF tensor (uint8, Q4_0, Q4_1 or Q8_0), taken apart into codes, scales and minima."""
+    num_rows, num_columns = shape
+    num_groups = num_columns // GROUP
+    blocks = raw.reshape(num_rows, num_groups, -1)
+    scales = _halves(blocks[..., :2])
+    if encoding == "Q8_0":
+        codes = np.ascontiguousarray(blocks[..., 2:]).view(np.int8).reshape(num_rows, num_columns)
+        return PackedWeight(8, torch.from_numpy(codes), scales, None)
+    # Q4_0 has codes around 8. Eight times a float16 is one too, unless it leaves the range.
+    minima = _halves(blocks[..., 2:4]) if encoding == "Q4_1" else -8 * scales
+    first = 4 if encoding == "Q4_1" else 2
+    codes = np.ascontiguousarray(blocks[..., first:]).reshape(num_rows, num_columns // 2)
+    return PackedWeight(4, torch.from_numpy(codes), scales, minima)
+
+
+def _halves(pairs: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pairs).view(np.float16)[..., 0].copy())
+
+
+def _pack8(values_NGI: Tensor) -> PackedWeight:
+    scales = (values_NGI.abs().amax(-1) / 127).half()
+    codes = _codes(values_NGI, scales, torch.zeros_like(scales), -127, 127).to(torch.int8)
+    return PackedWeight(8, codes.flatten(1), scales, None)
+
+
+def _pack4(values_NGI: Tensor) -> PackedWeight:
+    """From the range of each group, then least squares over its codes, as often as that lessens the error."""
+    low, high = values_NGI.amin(-1), values_NGI.amax(-1)
+    scales, minima = ((high - low) / 15).half(), low.half()
+    codes = _codes(values_NGI, scales, minima, 0, 15)
+    error = _squared_error(values_NGI, codes, scales, minima)
+    for _ in range(_NUM_REFITS):
+        new_scales, new_minima = _refit(values_NGI, codes)
+        new_codes = _codes(values_NGI, new_scales, new_minima, 0, 15)
+        new_error = _squared_error(values_NGI, new_codes, new_scales, new_minima)
+        is_better = new_error < error
+        codes = torch.where(is_better[..., None], new_codes, codes)
+        scales, minima = (
+            torch.where(is_better, new_scales, scales),
+            torch.where(is_better, new_minima, minima),
+        )
+        error = torch.minimum(error, new_error)
+    whole = codes.to(torch.uint8)
+    return PackedWeight(4, (whole[..., :_HALF] | whole[..., _HALF:] << 4).flatten(1), scales, minima)
+
+
+def _codes(values_NGI: Tensor, scales_NG: Tensor, minima_NG: Tensor, least: int, most: int) -> Tensor:
+    """With the scales as they are stored, so that their rounding is made good for."""
+    scales = scales_NG.float()[..., None]
+    shifted = values_NGI - minima_NG.float()[..., None]
+    codes = torch.where(scales == 0, 0, shifted / scales).round_().clamp_(least, most)
+    return codes.nan_to_num_(0.0)
+
+
+def _squared_error(values_NGI: Tensor, codes_NGI: Tensor, scales_NG: Tensor, minima_NG: Tensor) -> Tensor:
+    stored = codes_NGI * scales_NG.float()[..., None] + minima_NG.float()[..., None]
+    return (stored - values_NGI).square_().sum(-1)
+
+
+def _refit(values_NGI: Tensor, codes_NGI: Tensor) -> tuple[Tensor, Tensor]:
+    mean_code, mean_value = codes_NGI.mean(-1), values_NGI.mean(-1)
+    code_offsets = codes_NGI - mean_code[..., None]
+    spread = code_offsets.square().sum(-1)
+    slope = (code_offsets * values_NGI).sum(-1) / spread.clamp_min(1e-9)
+    return slope.half(), (mean_value - slope * mean_code).half()
