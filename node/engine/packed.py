@@ -91,7 +91,7 @@ def can_pack(shape: tuple[int, ...]) -> bool:
 
 
 def from_float(weight_NK: Tensor, bits: int) -> PackedWeight:
-    """Quantize; beyond the result it holds floats of a few rows. What is not finite comes out as such scales."""
+    """Quantize; besides the result it holds floats of a few rows. A NaN or infinity makes its scale one."""
     assert can_pack(tuple(weight_NK.shape)), weight_NK.shape
     pack = {4: _pack4, 8: _pack8}[bits]
     num_rows, num_columns = weight_NK.shape
