@@ -15,6 +15,12 @@ from enum import IntEnum
 NODE_ID_BYTES = 32
 SESSION_ID_BYTES = 16
 MODEL_ID_BYTES = 32
+PREFIX_HASH_BYTES = 16
+PREFIX_BLOCK_TOKENS = 16
+SCALE_GROUP = 64
+MAX_NUM_DRAFT_TOKENS = 15
+MAX_NUM_TOP_LOGPROBS = 20
+MAX_NUM_LOGIT_BIASES = 1024
 
 
 class Lane(IntEnum):
@@ -25,9 +31,16 @@ class Lane(IntEnum):
 
 
 class Dtype(IntEnum):
+    """How a row of hidden states travels.
+
+    An INT8 row is `hidden_size` int8 codes, then a little-endian float16 scale for each `SCALE_GROUP` of
+    them (the last group may be shorter): value = code * scale.
+    """
+
     FLOAT32 = 0
     BFLOAT16 = 1
     FLOAT16 = 2
+    INT8 = 3
 
 
 class FinishReason(IntEnum):
@@ -51,6 +64,7 @@ class ErrorCode(IntEnum):
     DEADLINE = 7
     BAD_FRAME = 8
     SHUTTING_DOWN = 9
+    PREEMPTED = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +79,12 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the last stage picks a token. temperature 0 is greedy; top_k 0 and top_p 1 switch those off."""
+    """How the last stage picks a token. temperature 0 is greedy; the defaults of the others switch them off.
+
+    `logit_bias` pairs token ids with what is added to their logits (at most `MAX_NUM_LOGIT_BIASES`).
+    `num_top_logprobs` -1: no logprobs; from 0 to `MAX_NUM_TOP_LOGPROBS`: the chosen token's and those of
+    that many of the likeliest.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -75,14 +94,22 @@ class Sampling:
     min_num_output_tokens: int = 0
     ignore_eos: bool = False
     eos_token_ids: tuple[int, ...] = ()
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    num_top_logprobs: int = -1
 
 
 @dataclass(frozen=True, slots=True)
 class OpenSession:
-    """Head -> each stage, once. Only the first stage is given `prompt_ids`.
+    """Head -> each stage, once. `prompt_ids` goes to the first stage, and to the last if sampling needs it.
 
     `num_output_tokens_before` counts the tokens at the end of the prompt that are earlier output (a replay
-    after a failure), so that sampling positions and limits continue where they were.
+    after a failure), so that sampling positions and limits continue where they were. `prefix_hashes` names
+    the full blocks of `PREFIX_BLOCK_TOKENS` prompt tokens, from the first on, for stages that keep blocks.
+    `max_num_draft_tokens` (at most `MAX_NUM_DRAFT_TOKENS`) is how many rows per step may be guesses.
     """
 
     session: bytes
@@ -99,21 +126,28 @@ class OpenSession:
     rate_card_version: int
     num_output_tokens_before: int = 0
     prompt_ids: Sequence[int] = ()
+    prefix_hashes: tuple[bytes, ...] = ()
+    max_num_draft_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class SessionOpened:
-    """Stage -> head: KV room is reserved and the next hop is connected."""
+    """Stage -> head: KV room is reserved and the next hop is connected.
+
+    The stage has the KV of `num_cached_tokens` prompt tokens already: a multiple of `PREFIX_BLOCK_TOKENS`.
+    """
 
     session: bytes
     stage_index: int
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StartSession:
-    """Head -> first stage, when every stage has opened."""
+    """Head -> first stage, when every stage has opened: begin after what all stages have already."""
 
     session: bytes
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,18 +169,22 @@ class SessionError:
 
 @dataclass(frozen=True, slots=True)
 class HiddenItem:
-    """One session's share of a `HiddenBatch`: `num_tokens` rows whose first token stands at `position`."""
+    """One session's share of a `HiddenBatch`: `num_tokens` rows whose first token stands at `position`.
+
+    The last `len(draft_ids)` rows are of guessed tokens, which have these ids.
+    """
 
     session: bytes
     position: int
     num_tokens: int
+    draft_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class HiddenBatch:
     """Stage -> next stage, one per step and next hop: rows of all sessions, in the order of `items`.
 
-    `rows` is `[sum(num_tokens), hidden_size]` of `dtype`, row-major, little-endian.
+    `rows` is `[sum(num_tokens), hidden_size]` of `dtype`, row-major, little-endian, each row on its own.
     """
 
     items: tuple[HiddenItem, ...]
@@ -157,17 +195,25 @@ class HiddenBatch:
 
 @dataclass(frozen=True, slots=True)
 class TokenItem:
-    """One sampled token. `position` is its place in the whole sequence (prompt included, from 0)."""
+    """One sampled token. `position` is its place in the whole sequence (prompt included, from 0).
+
+    `logprob` is the token's own, `top_logprobs` (id, logprob) of the likeliest; only heads are told them.
+    """
 
     session: bytes
     position: int
     token_id: int
     finish_reason: FinishReason
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Last stage -> first stage and, at the same time, last stage -> head."""
+    """Last stage -> first stage and, at the same time, last stage -> head.
+
+    Several items of one session, at rising positions, are guesses that came true.
+    """
 
     items: tuple[TokenItem, ...]
 
@@ -190,13 +236,17 @@ class ReceiptSigned:
 
 @dataclass(frozen=True, slots=True)
 class StageTiming:
-    """Stage -> head at the end of a session: where the time went."""
+    """Stage -> head at the end of a session: where the time went.
+
+    `link_us` is half the last round trip to the next hop that was measured; 0 if none was.
+    """
 
     session: bytes
     stage_index: int
     num_steps: int
     compute_us: int
     queue_us: int
+    link_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)

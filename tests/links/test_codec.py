@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from node.links.batches import LEAST_LOGPROB, MAX_BATCH_HEADER_BYTES, MAX_NUM_ITEMS, num_row_bytes
 from node.links.codec import (
     MAX_HEADER_BYTES,
     MAX_NUM_MESSAGE_CHARS,
-    MAX_NUM_PROMPT_IDS,
     MAX_ROWS_BYTES,
     PREFIX_BYTES,
     WIRE_VERSION,
@@ -47,6 +47,7 @@ from node.links.frames import (
     TokenBatch,
     TokenItem,
 )
+from node.links.openings import MAX_NUM_PREFIX_HASHES, MAX_NUM_PROMPT_IDS, MAX_OPENING_PAYLOAD_BYTES
 from tests.links.ends import SESSION, open_session, rows_frame
 
 u32 = st.integers(0, 2**32 - 1)
@@ -67,53 +68,76 @@ sampling = st.builds(
     u32,
     st.booleans(),
     st.lists(u32, max_size=8).map(tuple),
+    st.floats(0, 1),
+    st.floats(-100, 100),
+    st.floats(-100, 100),
+    st.floats(0.01, 100),
+    st.lists(st.tuples(u32, st.floats(-1000, 1000)), max_size=4).map(tuple),
+    st.integers(-1, 20),
 )
+blocks = st.integers(0, 2**28 - 1).map(lambda number: 16 * number)
+
+
+@st.composite
+def hidden_items(draw: st.DrawFn) -> HiddenItem:
+    num_tokens = draw(st.integers(1, 5))
+    draft_ids = draw(st.lists(u32, max_size=num_tokens))
+    return HiddenItem(draw(session), draw(u32), num_tokens, tuple(draft_ids))
 
 
 @st.composite
 def hidden_batches(draw: st.DrawFn) -> HiddenBatch:
-    items = draw(st.lists(st.builds(HiddenItem, session, u32, st.integers(1, 5)), min_size=1, max_size=6))
+    items = draw(st.lists(hidden_items(), min_size=1, max_size=6))
     dtype = draw(st.sampled_from(Dtype))
-    hidden_size = draw(st.integers(1, 16))
-    width = 4 if dtype is Dtype.FLOAT32 else 2
-    num_bytes = sum(item.num_tokens for item in items) * hidden_size * width
-    return HiddenBatch(
-        tuple(items), dtype, hidden_size, draw(st.binary(min_size=num_bytes, max_size=num_bytes))
+    hidden_size = draw(st.integers(1, 16) | st.integers(60, 70))
+    num_bytes = sum(item.num_tokens for item in items) * num_row_bytes(dtype, hidden_size)
+    return HiddenBatch(tuple(items), dtype, hidden_size, draw(st.binary(min_size=1, max_size=1)) * num_bytes)
+
+
+@st.composite
+def token_items(draw: st.DrawFn) -> TokenItem:
+    item = TokenItem(draw(session), draw(u32), draw(u32), draw(st.sampled_from(FinishReason)))
+    if draw(st.booleans()):
+        return item
+    top = draw(st.lists(st.tuples(u32, real), max_size=20))
+    return replace(item, logprob=draw(real), top_logprobs=tuple(top))
+
+
+@st.composite
+def openings(draw: st.DrawFn) -> OpenSession:
+    num_prompt_tokens = draw(u32)
+    max_num_hashes = min(4, num_prompt_tokens // 16)
+    return OpenSession(
+        session=draw(session),
+        model=draw(node),
+        route=tuple(draw(st.lists(st.builds(Stage, node, text, u32, u32), max_size=4))),
+        stage_index=draw(stage_index),
+        head=draw(node),
+        payer=draw(node),
+        key_id=draw(session),
+        hold_microcredits=draw(u63),
+        num_prompt_tokens=num_prompt_tokens,
+        sampling=draw(sampling),
+        deadline_ms=draw(u63),
+        rate_card_version=draw(u32),
+        num_output_tokens_before=draw(u32),
+        prompt_ids=array("I", draw(st.lists(u32, max_size=50))),
+        prefix_hashes=tuple(draw(st.lists(session, max_size=max_num_hashes))),
+        max_num_draft_tokens=draw(st.integers(0, 15)),
     )
 
 
 frames: st.SearchStrategy[Frame] = st.one_of(
     hidden_batches(),
-    st.builds(
-        TokenBatch,
-        st.lists(
-            st.builds(TokenItem, session, u32, u32, st.sampled_from(FinishReason)), min_size=1, max_size=6
-        ).map(tuple),
-    ),
-    st.builds(
-        OpenSession,
-        session,
-        node,
-        st.lists(st.builds(Stage, node, text, u32, u32), max_size=4).map(tuple),
-        stage_index,
-        node,
-        node,
-        session,
-        u63,
-        u32,
-        sampling,
-        u63,
-        u32,
-        u32,
-        st.lists(u32, max_size=50).map(lambda ids: array("I", ids)),
-    ),
-    st.builds(StartSession, session),
+    st.builds(TokenBatch, st.lists(token_items(), min_size=1, max_size=6).map(tuple)),
+    openings(),
+    st.builds(StartSession, session, blocks),
     st.builds(CloseSession, session),
-    st.builds(SessionOpened, session, stage_index),
+    st.builds(SessionOpened, session, stage_index, blocks),
     st.builds(SessionError, session, stage_index, st.sampled_from(ErrorCode), text),
     st.builds(SignReceipt, session, receipt),
     st.builds(ReceiptSigned, session, receipt),
-    st.builds(StageTiming, session, stage_index, u63, u63, u63),
+    st.builds(StageTiming, session, stage_index, u63, u63, u63, u63),
     st.builds(Ping, st.integers(0, 2**64 - 1)),
     st.builds(Pong, st.integers(0, 2**64 - 1)),
 )
@@ -189,10 +213,12 @@ def test_a_frame_with_one_changed_byte_is_another_frame_or_refused(frame: Frame,
 @pytest.mark.parametrize(
     ("number", "header_bytes", "payload_bytes", "lane"),
     [
-        (6, MAX_HEADER_BYTES + 1, 0, Lane.BULK),
+        (6, MAX_BATCH_HEADER_BYTES + 1, 0, Lane.BULK),
+        (7, MAX_BATCH_HEADER_BYTES + 1, 0, Lane.BULK),
+        (1, MAX_HEADER_BYTES + 1, 0, Lane.DECODE),
         (6, 10, MAX_ROWS_BYTES[Lane.BULK] + 1, Lane.BULK),
         (6, 10, MAX_ROWS_BYTES[Lane.DECODE] + 1, Lane.DECODE),
-        (1, 10, 4 * MAX_NUM_PROMPT_IDS + 1, Lane.DECODE),
+        (1, 10, MAX_OPENING_PAYLOAD_BYTES + 1, Lane.DECODE),
         (7, 10, 1, Lane.DECODE),
         (11, 10, 2**32 - 1, Lane.DECODE),
         (0, 1, 0, Lane.DECODE),
@@ -270,3 +296,118 @@ def test_prompt_ids_stay_as_small_as_they_came() -> None:
     finally:
         tracemalloc.stop()
     assert decoded == frame
+
+
+def batch(header: bytes, payload: bytes = b"") -> bytes:
+    return framed(6 if payload else 7, header, payload)
+
+
+HIDDEN_START = struct.pack("!BIH", Dtype.FLOAT32, 4, 1)
+TOKENS_START = struct.pack("!H", 1)
+
+
+def hidden_item(num_tokens: int, num_draft_ids: int, num_ids_said: int) -> bytes:
+    ids = bytes(4 * num_ids_said)
+    return HIDDEN_START + SESSION + struct.pack("!IIB", 0, num_tokens, num_draft_ids) + ids
+
+
+def token_item(reason: int, num_top: int, rest: bytes = b"") -> bytes:
+    return TOKENS_START + SESSION + struct.pack("!IIBb", 0, 7, reason, num_top) + rest
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        HIDDEN_START,
+        hidden_item(0, 0, 0),
+        hidden_item(1, 0, 1),  # ids nobody announced
+        hidden_item(1, 1, 0),  # ids announced and not there
+        hidden_item(1, 2, 2),  # more ids than rows
+        hidden_item(1, 255, 255),
+        struct.pack("!BIH", 4, 4, 1) + SESSION + struct.pack("!IIB", 0, 1, 0),  # unknown dtype
+        struct.pack("!BIH", 3, 4, 1) + SESSION + struct.pack("!IIB", 0, 1, 0),  # 8-bit rows take 6 bytes
+        struct.pack("!BIH", 0, 0, 1) + SESSION + struct.pack("!IIB", 0, 1, 0),
+        struct.pack("!BIH", 0, 4, MAX_NUM_ITEMS + 1) + 5000 * (SESSION + struct.pack("!IIB", 0, 1, 0)),
+    ],
+)
+def test_rows_with_an_impossible_header_are_refused(header: bytes) -> None:
+    assert isinstance(read(batch(hidden_item(1, 1, 1), bytes(16))), HiddenBatch)
+    with pytest.raises(FrameError):
+        read(batch(header, bytes(16)))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        token_item(3, -1),
+        token_item(0, -2),
+        token_item(0, 21, bytes(8 + 21 * 12)),
+        token_item(0, 0),
+        token_item(0, -1, bytes(8)),
+        token_item(0, 1, bytes(8)),
+        token_item(0, 0, struct.pack("!d", float("nan"))),
+        token_item(0, 1, bytes(12) + struct.pack("!d", float("-inf"))),
+    ],
+)
+def test_tokens_with_impossible_fields_are_refused(header: bytes) -> None:
+    assert isinstance(read(batch(token_item(0, -1))), TokenBatch)
+    assert isinstance(read(batch(token_item(0, 1, bytes(20)))), TokenBatch)
+    with pytest.raises(FrameError):
+        read(batch(header))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(min_p=1.1),
+        Sampling(min_p=-0.1),
+        Sampling(temperature=float("nan")),
+        Sampling(frequency_penalty=101.0),
+        Sampling(presence_penalty=float("-inf")),
+        Sampling(repetition_penalty=0.0),
+        Sampling(num_top_logprobs=21),
+        Sampling(num_top_logprobs=-2),
+        Sampling(logit_bias=((1, 1e6),)),
+        Sampling(logit_bias=((-1, 1.0),)),
+        Sampling(logit_bias=((1, 1.0),) * 1025),
+    ],
+)
+def test_sampling_nobody_would_take_is_not_even_sent(sampling: Sampling) -> None:
+    with pytest.raises(FrameError):
+        encode(replace(open_session(bytes(32)), sampling=sampling))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prefix_hashes": (SESSION,)},  # of a prompt with no full block
+        {"num_prompt_tokens": 2**21, "prefix_hashes": (SESSION,) * (MAX_NUM_PREFIX_HASHES + 1)},
+        {"max_num_draft_tokens": 16},
+    ],
+)
+def test_openings_beyond_their_bounds_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises(FrameError):
+        read(b"".join(encode(replace(open_session(bytes(32)), **change))))
+
+
+def test_cached_tokens_are_whole_blocks() -> None:
+    for frame in (SessionOpened(SESSION, 0, 15), StartSession(SESSION, 17)):
+        with pytest.raises(FrameError):
+            read(b"".join(encode(frame)))
+
+
+def test_a_logprob_that_is_no_number_travels_as_the_least() -> None:
+    minus, nan = float("-inf"), float("nan")
+    frame = TokenBatch((TokenItem(SESSION, 1, 2, FinishReason.NONE, nan, ((3, minus), (4, -1.0))),))
+    (item,) = frame.items
+    said = replace(item, logprob=LEAST_LOGPROB, top_logprobs=((3, LEAST_LOGPROB), (4, -1.0)))
+    assert read(b"".join(encode(frame))) == TokenBatch((said,))
+
+
+def test_the_bytes_of_a_step_do_not_grow() -> None:
+    """The prefix, the fixed fields, one item, and the rows."""
+    rows = b"".join(encode(rows_frame(1, 64)))
+    token = b"".join(encode(TokenBatch((TokenItem(SESSION, 1, 2, FinishReason.NONE),))))
+    assert len(rows) == 10 + 7 + 25 + 64
+    assert len(token) == 10 + 2 + 26

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from node.links.codec import MAX_NUM_ITEMS
+from node.links.batches import MAX_NUM_ITEMS
 from node.links.frames import FinishReason, TokenBatch, TokenItem
 from node.links.subscriptions import Received, Subscriptions
 
