@@ -209,7 +209,9 @@ class NodeRuntime:
         membership.handle(BUNDLE_KIND, self._catalogue.answer_bundle)
         announce = []
         port = split_address(settings.listen_address, "--listen")[1]
-        if settings.advertise_host and port:
+        if settings.advertise_listen:
+            announce = [settings.advertise_listen]
+        elif settings.advertise_host and port:
             announce = [f"{settings.advertise_host}:{port}"]
         try:
             await membership.start([settings.listen_address], announce, settings.discover)
@@ -360,6 +362,8 @@ class NodeRuntime:
     def _data_address(self, ready: EngineReady) -> str:
         """Where other machines dial the stage links."""
         host, _, port = ready.data_address.rpartition(":")
+        if self._settings.advertise_data:
+            return self._settings.advertise_data
         if self._settings.advertise_host:
             return f"{self._settings.advertise_host}:{port}"
         found = dialable([multiaddr_of(f"{host}:{port}")])

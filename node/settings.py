@@ -33,7 +33,11 @@ _UNITS_BYTES = {
 
 @dataclass(frozen=True, slots=True)
 class NodeSettings:
-    """`advertise_host` is the name or address other nodes dial; None: found out from the interfaces."""
+    """`advertise_host` is the name or address other nodes dial; None: found out from the interfaces.
+
+    `advertise_listen` and `advertise_data` (host:port) are dialled in place of `listen_address` and
+    `data_address`, where a forwarded port or a relay stands before this node.
+    """
 
     api_address: str = DEFAULT_API_ADDRESS
     listen_address: str = DEFAULT_LISTEN_ADDRESS
@@ -43,6 +47,8 @@ class NodeSettings:
     memory_bytes: int | None = None
     serve: bool = True
     discover: bool = True
+    advertise_listen: str | None = None
+    advertise_data: str | None = None
 
 
 def split_address(text: str, option: str) -> tuple[str, int]:
@@ -57,6 +63,15 @@ def check_host(text: str, option: str) -> str:
     """A host name or an address, as others can dial it."""
     if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|[0-9A-Fa-f:]{2,45}", text):
         raise UserError(f"{option} must be a host name or an address (got {text!r})")
+    return text
+
+
+def check_dialable(text: str, option: str) -> str:
+    """HOST:PORT as others can dial it."""
+    host, port = split_address(text, option)
+    check_host(host, option)
+    if not port:
+        raise UserError(f"{option} must name the port that others dial (got {text!r})")
     return text
 
 

@@ -16,6 +16,8 @@ from node.cli.members import members_app
 from node.cli.models import model_app, models, models_table
 from node.cli.options import (
     Advertise,
+    AdvertiseData,
+    AdvertiseListen,
     Api,
     AsJson,
     Data,
@@ -134,6 +136,8 @@ def join(
     listen: Listen = DEFAULT_LISTEN_ADDRESS,
     data: Data = DEFAULT_DATA_ADDRESS,
     advertise: Advertise = None,
+    advertise_listen: AdvertiseListen = None,
+    advertise_data: AdvertiseData = None,
     device: DeviceOption = "auto",
     memory: Memory = None,
     discover: Discover = True,
@@ -143,7 +147,9 @@ def join(
     from node.office import machine_name
     from node.process import join_pod, run_node
 
-    settings = node_settings(api, listen, data, advertise, device, memory, discover, serve=not no_serve)
+    settings = node_settings(
+        api, listen, data, advertise, device, memory, discover, not no_serve, advertise_listen, advertise_data
+    )
     home = this_home()
     result = join_pod(home, invite, member or _login_name(), node_name or machine_name(), settings)
     if not as_json:
@@ -159,6 +165,8 @@ def up(
     listen: Listen = DEFAULT_LISTEN_ADDRESS,
     data: Data = DEFAULT_DATA_ADDRESS,
     advertise: Advertise = None,
+    advertise_listen: AdvertiseListen = None,
+    advertise_data: AdvertiseData = None,
     device: DeviceOption = "auto",
     memory: Memory = None,
     no_serve: NoServe = False,
@@ -170,11 +178,10 @@ def up(
 
     home = this_home()
     require_pod(home)
-    run_node(
-        home,
-        node_settings(api, listen, data, advertise, device, memory, discover, serve=not no_serve),
-        as_json,
+    settings = node_settings(
+        api, listen, data, advertise, device, memory, discover, not no_serve, advertise_listen, advertise_data
     )
+    run_node(home, settings, as_json)
 
 
 @app.command()

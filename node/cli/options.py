@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from node.errors import UserError
-from node.settings import DEVICES, NodeSettings, check_host, parse_memory
+from node.settings import DEVICES, NodeSettings, check_dialable, check_host, parse_memory
 
 MemberName = Annotated[
     str | None,
@@ -43,6 +43,24 @@ Advertise = Annotated[
         envvar="POD_ADVERTISE",
         metavar="HOST",
         help="Name or address other nodes dial (default: found out).",
+    ),
+]
+AdvertiseListen = Annotated[
+    str | None,
+    typer.Option(
+        "--advertise-listen",
+        envvar="POD_ADVERTISE_LISTEN",
+        metavar="HOST:PORT",
+        help="What others dial in place of --listen, such as a forwarded port.",
+    ),
+]
+AdvertiseData = Annotated[
+    str | None,
+    typer.Option(
+        "--advertise-data",
+        envvar="POD_ADVERTISE_DATA",
+        metavar="HOST:PORT",
+        help="What others dial in place of --data.",
     ),
 ]
 DeviceOption = Annotated[
@@ -83,11 +101,26 @@ def node_settings(
     memory: str | None,
     discover: bool,
     serve: bool = True,
+    advertise_listen: str | None = None,
+    advertise_data: str | None = None,
 ) -> NodeSettings:
     if device not in DEVICES:
         raise UserError(f"--device must be one of {', '.join(DEVICES)} (got {device!r})")
     if advertise is not None:
         check_host(advertise, "--advertise")
+    if advertise_listen is not None:
+        check_dialable(advertise_listen, "--advertise-listen")
+    if advertise_data is not None:
+        check_dialable(advertise_data, "--advertise-data")
     return NodeSettings(
-        api, listen, data, advertise, device, parse_memory(memory) if memory else None, serve, discover
+        api_address=api,
+        listen_address=listen,
+        data_address=data,
+        advertise_host=advertise,
+        device=device,
+        memory_bytes=parse_memory(memory) if memory else None,
+        serve=serve,
+        discover=discover,
+        advertise_listen=advertise_listen,
+        advertise_data=advertise_data,
     )
