@@ -1,13 +1,14 @@
-"""Filling a shard from weight files: own tensors only, dequantized or cast on the way, progress in bytes.
+"""Filling a runner from weight files: own tensors only, one at a time, progress in bytes.
 
-Undoes what llama.cpp's converter does to the values of a GGUF file (rows of q and k permuted for llama, one
-added to gemma's norms).
+Every tensor comes out in the runner's dtype, or packed where the plan says so. What llama.cpp's converter did
+to the values of a GGUF file is undone (rows of q and k permuted for llama, one added to gemma's norms).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import gguf
 import numpy as np
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from node.engine.packed import PackedWeight, from_float, from_gguf
 from node.engine.shard import Shard
 from node.models.bundle import check_config
 from node.models.errors import ModelError
 from node.models.manifest import Manifest
+from node.models.quantization import GGUF_BITS, num_bits_of, num_bytes_of
 from node.models.tensors import EMBEDDING, HEAD, TensorPlace
 from node.models.weights import Weights
 
@@ -33,6 +36,25 @@ _SAFETENSORS_DTYPES = {
 }
 
 
+class WeightSink(Protocol):
+    """What is filled: it names the parameters it wants and gets each once, in that order.
+
+    Packed weights stay on the CPU until the sink moves them; a tied head gets the embedding's own object.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def parameter_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]: ...
+
+    def set_parameter(self, name: str, tensor: Tensor) -> None: ...
+
+    def set_packed(self, name: str, packed: PackedWeight) -> None: ...
+
+
 def load_shard(
     manifest: Manifest,
     model_dir: Path,
@@ -43,28 +65,58 @@ def load_shard(
     device: torch.device,
     progress: Progress,
     max_num_bytes: int | None = None,
+    max_num_bits: int | None = None,
 ) -> tuple[Shard, int]:
     """The shard and the bytes read from its files. Raises ModelError for files that do not fit the config,
     a config that is not the manifest's, and parameters that need more memory than `max_num_bytes`.
     """
+    config = read_config(manifest, model_dir)
+    shard = Shard(config, start_layer, end_layer, dtype, device)
+    num_bytes = fill(shard, config, manifest.name, paths, max_num_bits, progress, max_num_bytes)
+    shard.release_others()
+    return shard, num_bytes
+
+
+def read_config(manifest: Manifest, model_dir: Path) -> PreTrainedConfig:
+    """The config of a bundle. Raises ModelError when it is not supported, or not the manifest's."""
     config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
     check_config(config, model_dir)
     _check_is_of(manifest, config, model_dir)
-    shard = Shard(config, start_layer, end_layer, dtype, device)
+    return config
+
+
+def fill(
+    sink: WeightSink,
+    config: PreTrainedConfig,
+    model_name: str,
+    paths: Sequence[Path],
+    max_num_bits: int | None,
+    progress: Progress,
+    max_num_bytes: int | None = None,
+) -> int:
+    """Sets every parameter of the sink and returns the bytes read. `max_num_bits` is as in
+    `node.models.quantization`. Raises ModelError as `load_shard` does, and for weights that are not finite.
+    """
     weights = Weights(paths)
     try:
-        check_room(manifest, shard.num_weight_bytes, max_num_bytes)
-        _fill(shard, weights, progress)
-        shard.release_others()
-        return shard, weights.num_bytes_read
+        shapes = dict(sink.parameter_shapes())
+        places = _own_places(shapes, weights)
+        needed = sum(num_bytes_of(place, max_num_bits, sink.dtype.itemsize) for place in places.values())
+        check_room(model_name, needed, max_num_bytes)
+        for name, value in _read_all(shapes, weights, config, sink, max_num_bits, progress):
+            if isinstance(value, PackedWeight):
+                sink.set_packed(name, value)
+            else:
+                sink.set_parameter(name, value)
+        return weights.num_bytes_read
     finally:
         weights.close()
 
 
-def check_room(manifest: Manifest, num_bytes: int, max_num_bytes: int | None) -> None:
+def check_room(model_name: str, num_bytes: int, max_num_bytes: int | None) -> None:
     if max_num_bytes is not None and num_bytes > max_num_bytes:
         raise ModelError(
-            f"{manifest.name}: these layers need {_mib(num_bytes)} of memory, {_mib(max_num_bytes)} are "
+            f"{model_name}: these layers need {_mib(num_bytes)} of memory, {_mib(max_num_bytes)} are "
             f"free, {_mib(num_bytes - max_num_bytes)} are missing"
         )
 
@@ -85,26 +137,13 @@ def _check_is_of(manifest: Manifest, config: PreTrainedConfig, model_dir: Path) 
             raise ModelError(f"{model_dir}: the config's {what} is {configured}, the manifest's {planned}")
 
 
-def _fill(shard: Shard, weights: Weights, progress: Progress) -> None:
-    shapes = dict(shard.parameter_shapes())
-    stored_as = {name: _stored_name(name, weights) for name in shapes}
-    total_bytes = sum(weights.place(name).size_bytes for name in sorted(set(stored_as.values())))
-    done_bytes = 0
-    loaded: dict[str, Tensor] = {}
-    for name, shape in shapes.items():
-        stored = stored_as[name]
-        if stored not in loaded:
-            place = weights.place(stored)
-            if place.shape != shape:
-                raise ModelError(f"{place.path}: {stored} has shape {place.shape}, the config says {shape}")
-            tensor = _read(place, weights, shard.config).to(dtype=shard.dtype, device=shard.device, copy=True)
-            done_bytes += place.size_bytes
-            # Only the embedding can be asked for twice, as the head.
-            loaded = {EMBEDDING: tensor} if stored == EMBEDDING else loaded
-            progress(done_bytes, total_bytes)
-        else:
-            tensor = loaded[stored]
-        shard.set_parameter(name, tensor)
+def _own_places(shapes: dict[str, tuple[int, ...]], weights: Weights) -> dict[str, TensorPlace]:
+    """By the name in the file: what is tied is there once. Raises ModelError for another shape."""
+    places = [weights.place(_stored_name(name, weights)) for name in shapes]
+    for place, shape in zip(places, shapes.values(), strict=True):
+        if place.shape != shape:
+            raise ModelError(f"{place.path}: {place.name} has shape {place.shape}, the config says {shape}")
+    return {place.name: place for place in places}
 
 
 def _stored_name(name: str, weights: Weights) -> str:
@@ -112,11 +151,53 @@ def _stored_name(name: str, weights: Weights) -> str:
     return EMBEDDING if name == HEAD and HEAD not in weights.tensors else name
 
 
-def _read(place: TensorPlace, weights: Weights, config: PreTrainedConfig) -> Tensor:
+def _read_all(
+    shapes: dict[str, tuple[int, ...]],
+    weights: Weights,
+    config: PreTrainedConfig,
+    sink: WeightSink,
+    max_num_bits: int | None,
+    progress: Progress,
+) -> Iterator[tuple[str, Tensor | PackedWeight]]:
+    places = _own_places(shapes, weights)
+    total_bytes = sum(place.size_bytes for place in places.values())
+    done_bytes = 0
+    embedding: Tensor | PackedWeight | None = None
+    for name in shapes:
+        place = places[_stored_name(name, weights)]
+        # Only the embedding can be asked for twice, as the head.
+        if place.name == EMBEDDING and embedding is not None:
+            yield name, embedding
+            continue
+        num_bits = num_bits_of(place, max_num_bits)
+        value = _read(place, weights, config, num_bits)
+        if not isinstance(value, PackedWeight):
+            value = value.to(dtype=sink.dtype, device=sink.device)
+        _check_finite(value, place)
+        embedding = value if place.name == EMBEDDING else embedding
+        done_bytes += place.size_bytes
+        progress(done_bytes, total_bytes)
+        yield name, value
+
+
+def _read(
+    place: TensorPlace, weights: Weights, config: PreTrainedConfig, num_bits: int | None
+) -> Tensor | PackedWeight:
     raw = np.frombuffer(weights.read(place.name), dtype=np.uint8)
-    if weights.gguf_architecture is not None:
-        values = _dequantize(raw, place)
-        return torch.from_numpy(_undo(values, place.name, weights.gguf_architecture, config))
+    architecture = weights.gguf_architecture
+    num_heads = _num_permuted_heads(place.name, architecture, config)
+    if num_bits is not None and GGUF_BITS.get(place.encoding) == num_bits:
+        packed = from_gguf(raw, place.encoding, (place.shape[0], place.shape[1]))
+        return packed.rows(_unpermuted_rows(place.shape[0], num_heads)) if num_heads else packed
+    values = _floats_of_safetensors(raw, place) if architecture is None else _dequantize(raw, place)
+    if num_heads:
+        values = values[_unpermuted_rows(place.shape[0], num_heads)]
+    if architecture == "gemma3" and place.name.endswith("norm.weight"):
+        values -= 1
+    return values if num_bits is None else from_float(values, num_bits)
+
+
+def _floats_of_safetensors(raw: np.ndarray, place: TensorPlace) -> Tensor:
     if place.encoding not in _SAFETENSORS_DTYPES:
         supported = ", ".join(_SAFETENSORS_DTYPES)
         raise ModelError(f"{place.path}: {place.name} is stored as {place.encoding} (supported: {supported})")
@@ -124,30 +205,43 @@ def _read(place: TensorPlace, weights: Weights, config: PreTrainedConfig) -> Ten
     return torch.from_numpy(raw.copy()).view(_SAFETENSORS_DTYPES[place.encoding]).reshape(place.shape)
 
 
-def _dequantize(raw: np.ndarray, place: TensorPlace) -> np.ndarray:
+def _dequantize(raw: np.ndarray, place: TensorPlace) -> Tensor:
+    encoding = gguf.GGMLQuantizationType[place.encoding]
     try:
-        values = gguf.quants.dequantize(
-            raw.reshape(*place.shape[:-1], -1), gguf.GGMLQuantizationType[place.encoding]
-        )
+        values = gguf.quants.dequantize(raw.reshape(*place.shape[:-1], -1), encoding)
     except NotImplementedError as error:
         raise ModelError(
-            f"{place.path}: quantization {place.encoding} of {place.name} is not supported"
+            f"{place.path}: quantization {place.encoding} of {place.name} is not supported "
+            f"(supported: {', '.join(_gguf_encodings())})"
         ) from error
-    return np.array(values, dtype=np.float32).reshape(place.shape)
+    # Writable: values that need no unpacking would be the mapped file itself.
+    return torch.from_numpy(np.require(values, np.float32, ["C", "W"])).reshape(place.shape)
 
 
-def _undo(values: np.ndarray, name: str, architecture: str, config: PreTrainedConfig) -> np.ndarray:
+def _gguf_encodings() -> list[str]:
+    """What gguf can unpack."""
+    floats = [gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16]
+    return [kind.name for kind in (*floats, *gguf.quants._type_traits)]
+
+
+def _check_finite(value: Tensor | PackedWeight, place: TensorPlace) -> None:
+    if isinstance(value, PackedWeight):
+        is_finite = value.is_finite
+    else:
+        is_finite = all(bool(extreme.isfinite()) for extreme in value.aminmax())
+    if not is_finite:
+        raise ModelError(f"{place.path}: {place.name} holds NaN or values beyond the range of its type")
+
+
+def _num_permuted_heads(name: str, architecture: str | None, config: PreTrainedConfig) -> int:
     if architecture == "llama" and ".self_attn.q_proj." in name:
-        return _unpermute(values, config.num_attention_heads)
+        return int(config.num_attention_heads)
     if architecture == "llama" and ".self_attn.k_proj." in name:
-        return _unpermute(values, config.num_key_value_heads)
-    if architecture == "gemma3" and name.endswith("norm.weight"):
-        return values - 1
-    return values
+        return int(config.num_key_value_heads)
+    return 0
 
 
-def _unpermute(values: np.ndarray, num_heads: int) -> np.ndarray:
+def _unpermuted_rows(num_rows: int, num_heads: int) -> Tensor:
     """llama.cpp interleaves the two halves of each head's rotary dimensions; transformers has them apart."""
-    rest = values.shape[1:]
-    paired = values.reshape(num_heads, values.shape[0] // num_heads // 2, 2, *rest)
-    return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(values.shape)
+    paired = torch.arange(num_rows).view(num_heads, num_rows // num_heads // 2, 2)
+    return paired.transpose(1, 2).reshape(num_rows)

@@ -182,7 +182,7 @@ class EngineProcess:
         free_bytes = self._memory_bytes - self._used_bytes
         dtype = choose_dtype(order.dtype, self._device, num_parameters, free_bytes)
         weight_bytes = num_parameters * dtype.itemsize
-        check_room(manifest, weight_bytes, free_bytes)
+        check_room(manifest.name, weight_bytes, free_bytes)
         loaded = provision(
             manifest,
             Path(order.model_dir),

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from node.engine.attention import NAME, PagedStep
+from node.engine.packed import PackedWeight
+from node.engine.packed_linear import packed_module
 from node.models.tensors import LAYER_PREFIX
 
 
@@ -80,6 +82,14 @@ class Shard:
         module_name, _, leaf = name.rpartition(".")
         module = self._model.get_submodule(module_name)
         module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+
+    def set_packed(self, name: str, packed: PackedWeight) -> None:
+        module_name = name.removesuffix(".weight")
+        module = self._model.get_submodule(module_name)
+        stand_in = packed_module(module, packed, self.dtype, self.device)
+        self._model.set_submodule(module_name, stand_in)
+        self._embedding = stand_in if self._embedding is module else self._embedding
+        self._head = stand_in if self._head is module else self._head
 
     def release_others(self) -> None:
         """Forget the meta modules of other ranges, once all own parameters are set."""

@@ -169,7 +169,7 @@ def test_damaged_gguf_is_named_in_one_line(smollm2: ModelPackage, tmp_path: Path
 def test_missing_tensors_and_foreign_shapes_are_named(
     llama: TinyModel, tiny: Callable[[str], TinyModel]
 ) -> None:
-    with pytest.raises(ModelError, match=r"lack the tensor model\.layers\.0\.self_attn\.k_norm\.weight"):
+    with pytest.raises(ModelError, match=r"lack the tensor model\.layers\.0\.self_attn\.q_norm\.weight"):
         load_shard(
             tiny("qwen3").package.manifest,
             tiny("qwen3").package.directory,
