@@ -1,32 +1,21 @@
-"""Attention over the paged KV cache, registered in transformers' attention interface under `NAME`.
+"""Attention over the paged KV cache: of all sessions of a step, each over its own true length.
 
-The batch is one packed row: the tokens of all sessions one after another. Each session attends to its own
-true length, causally within a prefill chunk. Model families reach it through transformers' interface, so
-nothing here knows one of them. T tokens, H heads, K KV heads, L length attended to, D head dimension.
+The batch is one packed row: the tokens of all sessions one after another; which of them attend in one call is
+the plan's (`attention_plan.py`). Nothing here knows a model family. T tokens, H heads, K KV heads, G = H / K,
+D head dimension, B sessions of a part, N rows of each, R = B x N, L length attended to, S slots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch import Tensor
 
-from node.engine.kv_cache import BlockTable, KvCache
-
-NAME = "gpu_pod_paged"
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Consecutive tokens of one session inside the packed row; the first stands at `position`."""
-
-    table: BlockTable
-    position: int
-    num_tokens: int
+from node.engine.attention_plan import Part, Plan, make_plan, written_slots
+from node.engine.attention_plan import Span as Span
+from node.engine.kv_cache import KvCache
 
 
 class PagedStep:
@@ -35,97 +24,98 @@ class PagedStep:
     def __init__(self, cache: KvCache, spans: Sequence[Span]) -> None:
         self.cache = cache
         self.spans = spans
-        self.slots_T = torch.cat([s.table.slots(s.position, s.position + s.num_tokens) for s in spans])
-        self._masks: dict[tuple[int, int], Tensor] = {}
+        self._written: Tensor | tuple[int, int] | None = None
+        self._plans: dict[int | None, Plan] = {}
 
-    def mask(self, span: Span, first: int) -> Tensor:
-        """`[T, L]` for the keys `[first, end)`: a token sees itself and what is before it, in its window."""
-        length = span.position + span.num_tokens - first
-        key = (id(span), first)
-        if key not in self._masks:
-            ones = torch.ones(span.num_tokens, length, dtype=torch.bool, device=self.slots_T.device)
-            self._masks[key] = ones.tril(span.position - first)
-        return self._masks[key]
+    def write(self, layer: int, key_KTD: Tensor, value_KTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Into the slots of this step's tokens; the layer's whole cache is returned."""
+        if self._written is None:
+            self._written = written_slots(self.spans, key_KTD.device)
+        caches = self.cache.layer(layer)
+        for cache_KSD, rows_KTD in zip(caches, (key_KTD, value_KTD), strict=True):
+            if isinstance(self._written, tuple):
+                cache_KSD.narrow(1, *self._written).copy_(rows_KTD)
+            else:
+                cache_KSD.index_copy_(1, self._written, rows_KTD.to(cache_KSD.dtype))
+        return caches
 
-
-def paged_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    paged: PagedStep,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_: object,
-) -> tuple[Tensor, None]:
-    """`query` `[1, H, T, D]`, `key` and `value` `[1, K, T, D]` -> `[1, T, H, D]`."""
-    layer = module.layer_idx
-    assert isinstance(layer, int)
-    keys_KSD, values_KSD = paged.cache.layer(layer)
-    keys_KSD.index_copy_(1, paged.slots_T, key[0])
-    values_KSD.index_copy_(1, paged.slots_T, value[0])
-    outputs, row = [], 0
-    for span in paged.spans:
-        end = span.position + span.num_tokens
-        first = 0 if sliding_window is None else max(0, span.position - sliding_window + 1)
-        output = _attend(
-            query[0, :, row : row + span.num_tokens],
-            span.table.gather(keys_KSD, first, end),
-            span.table.gather(values_KSD, first, end),
-            _mask_of(paged, span, first, sliding_window),
-            scaling,
-            softcap,
-        )
-        outputs.append(output)
-        row += span.num_tokens
-    return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
+    def plan(self, window: int | None, device: torch.device, dtype: torch.dtype) -> Plan:
+        """`window`: a token sees no further back than so many tokens, itself included."""
+        plan = self._plans.get(window)
+        if plan is None:
+            plan = self._plans[window] = make_plan(self.spans, window, device, dtype)
+        return plan
 
 
-def _mask_of(paged: PagedStep, span: Span, first: int, sliding_window: int | None) -> Tensor | None:
-    if span.num_tokens == 1:
-        return None
-    mask = paged.mask(span, first)
-    if sliding_window is not None and span.position + span.num_tokens > sliding_window:
-        mask = mask & ~mask.tril(span.position - first - sliding_window)
-    return mask
-
-
-def _attend(
+def attend(
     query_HTD: Tensor,
-    keys_KLD: Tensor,
-    values_KLD: Tensor,
-    mask_TL: Tensor | None,
+    keys_KSD: Tensor,
+    values_KSD: Tensor,
+    step: PagedStep,
     scaling: float | None,
+    window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """-> `[H, T, D]`. Query heads that share a KV head run as rows against it: KV is never copied."""
-    num_heads, num_tokens, head_dim = query_HTD.shape
-    num_groups = num_heads // keys_KLD.shape[0]
-    rows_KRD = query_HTD.reshape(-1, num_groups * num_tokens, head_dim)
-    mask_RL = None if mask_TL is None else mask_TL.repeat(num_groups, 1)
-    if softcap is None:
-        output = F.scaled_dot_product_attention(
-            rows_KRD[None], keys_KLD[None], values_KLD[None], mask_RL, scale=scaling
-        )[0]
-    else:
-        output = _capped(rows_KRD, keys_KLD, values_KLD, mask_RL, scaling or head_dim**-0.5, softcap)
-    return output.reshape(num_heads, num_tokens, head_dim)
+    """-> `[T, H, D]`. `keys_KSD` and `values_KSD` are a layer's cache, this step's tokens already in it."""
+    _, num_tokens, head_dim = query_HTD.shape
+    num_kv_heads = keys_KSD.shape[0]
+    scale = head_dim**-0.5 if scaling is None else scaling
+    query_TKGD = query_HTD.transpose(0, 1).reshape(num_tokens, num_kv_heads, -1, head_dim)
+    plan = step.plan(window, query_HTD.device, query_HTD.dtype)
+    if len(plan.parts) == 1 and plan.order is None:
+        return _attend_part(query_TKGD, keys_KSD, values_KSD, plan.parts[0], scale, softcap)
+    outputs_RHD = torch.cat(
+        [
+            _attend_part(query_TKGD[part.rows], keys_KSD, values_KSD, part, scale, softcap)
+            for part in plan.parts
+        ]
+    )
+    return outputs_RHD if plan.order is None else outputs_RHD.index_select(0, plan.order)
 
 
-def _capped(
-    rows_KRD: Tensor,
-    keys_KLD: Tensor,
-    values_KLD: Tensor,
-    mask_RL: Tensor | None,
-    scaling: float,
-    softcap: float,
+def _attend_part(
+    query_RKGD: Tensor, keys_KSD: Tensor, values_KSD: Tensor, part: Part, scale: float, softcap: float | None
 ) -> Tensor:
-    scores = softcap * torch.tanh(rows_KRD @ keys_KLD.transpose(1, 2) * scaling / softcap)
-    if mask_RL is not None:
-        scores = scores.masked_fill(~mask_RL, float("-inf"))
-    return scores.softmax(-1, dtype=torch.float32).to(rows_KRD.dtype) @ values_KLD
+    """-> `[R, H, D]`."""
+    num_rows, num_kv_heads, num_groups, head_dim = query_RKGD.shape
+    keys_BKLD = _read(keys_KSD, part, query_RKGD.dtype)
+    values_BKLD = _read(values_KSD, part, query_RKGD.dtype)
+    mask = part.mask_B1NL
+    if part.is_chunk:
+        # KV heads are the batch and the query heads that share one its heads: KV and mask are never copied.
+        query = query_RKGD.permute(1, 2, 0, 3)
+        keys = keys_BKLD.transpose(0, 1).expand(-1, num_groups, -1, -1)
+        values = values_BKLD.transpose(0, 1).expand(-1, num_groups, -1, -1)
+        output = _dot_product(query, keys, values, mask, scale, softcap)
+        return output.permute(2, 0, 1, 3).reshape(num_rows, -1, head_dim)
+    if part.num_rows == 1:
+        output = _dot_product(query_RKGD, keys_BKLD, values_BKLD, mask, scale, softcap)
+        return output.reshape(num_rows, -1, head_dim)
+    # Query heads that share a KV head run as further rows against it.
+    shape = (part.num_sessions, part.num_rows, num_kv_heads, num_groups, head_dim)
+    query = query_RKGD.reshape(shape).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    mask = None if mask is None else mask.repeat(1, 1, num_groups, 1)
+    output = _dot_product(query, keys_BKLD, values_BKLD, mask, scale, softcap)
+    output = output.reshape(part.num_sessions, num_kv_heads, num_groups, part.num_rows, head_dim)
+    return output.permute(0, 3, 1, 2, 4).reshape(num_rows, -1, head_dim)
 
 
-AttentionInterface.register(NAME, paged_attention)
+def _read(cache_KSD: Tensor, part: Part, dtype: torch.dtype) -> Tensor:
+    """`[B, K, L, D]`."""
+    if isinstance(part.slots, tuple):
+        return cache_KSD.narrow(1, *part.slots).to(dtype)[None]
+    rows = cache_KSD.index_select(1, part.slots).to(dtype)
+    return rows.reshape(rows.shape[0], part.num_sessions, -1, rows.shape[2]).transpose(0, 1)
+
+
+def _dot_product(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    """Leading dimensions alike, a mask of what is added to the scores."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, keys, values, mask, scale=scale)
+    scores = softcap * torch.tanh(query @ keys.transpose(-2, -1) * (scale / softcap))
+    if mask is not None:
+        scores = scores + mask
+    weights: Tensor = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return weights @ values

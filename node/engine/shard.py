@@ -11,12 +11,14 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from node.engine.attention import NAME, PagedStep
+from node.engine.attention import PagedStep, attend
 from node.engine.packed import PackedWeight
 from node.engine.packed_linear import packed_module
 from node.models.tensors import LAYER_PREFIX
+
+ATTENTION = "gpu_pod_paged"
 
 
 class Shard:
@@ -31,7 +33,7 @@ class Shard:
         device: torch.device,
     ) -> None:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
         self.config = config
         self.start_layer = start_layer
         self.end_layer = end_layer
@@ -54,6 +56,20 @@ class Shard:
         head_dim = self._layers[0].self_attn.head_dim
         assert isinstance(head_dim, int)
         return head_dim
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """transformers' own modules of the range."""
+        return self._layers
+
+    @property
+    def rotary(self) -> nn.Module:
+        assert isinstance(self._rotary, nn.Module)
+        return self._rotary
+
+    @property
+    def embedding(self) -> nn.Module | None:
+        return self._embedding
 
     def parameter_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and shape of every own parameter, as transformers and the weight files name them."""
@@ -138,3 +154,25 @@ def _materialise_buffers(model: PreTrainedModel, roots: list[nn.Module | None], 
                 model._init_weights(module)
             for name in meta:
                 setattr(module, name, getattr(module, name).to(device))
+
+
+def _paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    paged: PagedStep,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """`query` `[1, H, T, D]`, `key` and `value` `[1, K, T, D]` -> `[1, T, H, D]`; transformers' interface."""
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    keys_KSD, values_KSD = paged.write(layer, key[0], value[0])
+    return attend(query[0], keys_KSD, values_KSD, paged, scaling, sliding_window, softcap)[None], None
+
+
+AttentionInterface.register(ATTENTION, _paged_attention)
