@@ -65,6 +65,7 @@ class ErrorCode(IntEnum):
     BAD_FRAME = 8
     SHUTTING_DOWN = 9
     PREEMPTED = 10
+    KV_BUDGET_TOO_SMALL = 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,14 @@ class Sampling:
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     num_top_logprobs: int = -1
+
+    @property
+    def has_penalties(self) -> bool:
+        return bool(self.frequency_penalty or self.presence_penalty) or self.repetition_penalty != 1
+
+    def needs_prompt(self, num_output_tokens_before: int) -> bool:
+        """Whether the last stage, which knows only what it has picked itself, must be told the rest."""
+        return self.repetition_penalty != 1 or (self.has_penalties and num_output_tokens_before > 0)
 
 
 @dataclass(frozen=True, slots=True)
