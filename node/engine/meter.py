@@ -1,7 +1,8 @@
 """A stage's own count of the work it did for one session, and the receipts it co-signs against that count.
 
 A row at position p is prompt work when p is in the prompt, and yields an output token when p is the prompt's
-last or later: so every stage of a route counts the same, and no more than it computed.
+last or later: so every stage of a route counts the same, and no more than it computed. Prompt rows that were
+in the cache count as cached. A replay's prompt was paid for in an earlier session: none of it counts again.
 """
 
 from __future__ import annotations
@@ -29,18 +30,28 @@ class Meter:
         self._rate_card = rate_card
         self._last: Receipt | None = None
         self._has_repeated = False
+        self._is_replay = opening.num_output_tokens_before > 0
+        self._prompt_end = opening.num_prompt_tokens
         self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0
         self.num_output_tokens = 0
+        self.num_signed_output_tokens = 0
 
-    @property
-    def num_unsigned_output_tokens(self) -> int:
-        return self.num_output_tokens - (self._last.num_output_tokens if self._last else 0)
+    def begin(self, num_cached_tokens: int) -> None:
+        """The KV of the first `num_cached_tokens` is here already."""
+        if not self._is_replay:
+            self.num_prompt_tokens = self.num_cached_tokens = num_cached_tokens
 
     def count(self, position: int, num_tokens: int) -> None:
         """`num_tokens` rows from `position` on went through the layers."""
-        end, num_prompt_tokens = position + num_tokens, self._opening.num_prompt_tokens
-        self.num_prompt_tokens += max(0, min(end, num_prompt_tokens) - position)
-        self.num_output_tokens += max(0, end - max(position, num_prompt_tokens - 1))
+        prompt_end = self._prompt_end
+        if position >= prompt_end:
+            self.num_output_tokens += num_tokens
+            return
+        end = position + num_tokens
+        if not self._is_replay:
+            self.num_prompt_tokens += min(end, prompt_end) - position
+        self.num_output_tokens += max(0, end - (prompt_end - 1))
 
     def co_sign(self, raw: bytes, sign: Sign) -> bytes | None:
         """The receipt with this stage's signature; None for one that says nothing new.
@@ -57,6 +68,7 @@ class Meter:
             raise Dispute(str(error)) from error
         check_against_count(signed.receipt, self._work())
         self._last, self._has_repeated = signed.receipt, is_repeat
+        self.num_signed_output_tokens = signed.receipt.num_output_tokens
         return co_sign(signed, sign).encode()
 
     def _is_repeat(self, receipt: Receipt) -> bool:
@@ -84,7 +96,7 @@ class Meter:
             num_parameters=self._num_parameters,
             rate_card=self._rate_card,
             num_prompt_tokens=self.num_prompt_tokens,
-            num_cached_tokens=0,
+            num_cached_tokens=self.num_cached_tokens,
             num_output_tokens=self.num_output_tokens,
             last=self._last,
         )

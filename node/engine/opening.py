@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 
 from node.engine.loaded import LoadedShard
+from node.engine.prefix_hashes import BLOCK_TOKENS, prefix_hashes
 from node.engine.session import max_num_tokens
 from node.links.frames import ErrorCode, OpenSession
 from node.models.manifest import Manifest
@@ -59,12 +60,28 @@ def _check_request(opening: OpenSession, manifest: Manifest) -> None:
             ErrorCode.BAD_FRAME,
             f"{max_num_tokens(opening)} tokens do not fit the context of {manifest.max_context_tokens}",
         )
-    if len(opening.prompt_ids) != (opening.num_prompt_tokens if opening.stage_index == 0 else 0):
-        raise Refusal(ErrorCode.BAD_FRAME, "the first stage, and no other, is given the whole prompt")
+    _check_prompt(opening)
     highest = max(max(opening.prompt_ids, default=0), max(sampling.eos_token_ids, default=0))
     lowest = min(min(opening.prompt_ids, default=0), min(sampling.eos_token_ids, default=0))
     if lowest < 0 or highest >= manifest.vocab_size:
         raise Refusal(ErrorCode.BAD_FRAME, f"a token id is outside the vocabulary of {manifest.vocab_size}")
+
+
+def _check_prompt(opening: OpenSession) -> None:
+    """The first stage has the ids, and with them can tell whether the hashes are theirs."""
+    num_ids, index = len(opening.prompt_ids), opening.stage_index
+    may_be_without = index > 0
+    may_be_given = index in (0, len(opening.route) - 1)
+    if not (num_ids == 0 and may_be_without) and not (num_ids == opening.num_prompt_tokens and may_be_given):
+        raise Refusal(ErrorCode.BAD_FRAME, "the first stage (and at most the last) is given the whole prompt")
+    if not opening.prefix_hashes:
+        return
+    if len(opening.prefix_hashes) > opening.num_prompt_tokens // BLOCK_TOKENS:
+        raise Refusal(ErrorCode.BAD_FRAME, "there are more prefix hashes than full blocks of the prompt")
+    if index == 0:
+        ids = packed_ids(opening.prompt_ids)[: len(opening.prefix_hashes) * BLOCK_TOKENS]
+        if opening.prefix_hashes != prefix_hashes(opening.model, opening.head, ids):
+            raise Refusal(ErrorCode.BAD_FRAME, "the prefix hashes are not those of the prompt")
 
 
 def packed_ids(prompt_ids: Sequence[int]) -> array[int]:

@@ -46,9 +46,10 @@ class Outbox:
         self._to_first: dict[bytes, list[TokenItem]] = defaultdict(list)
         self._to_head: dict[bytes, list[TokenItem]] = defaultdict(list)
 
-    def add_hidden(self, node: bytes, lane: Lane, item: HiddenItem, rows_TD: Tensor) -> None:
+    def add_hidden(self, node: bytes, lane: Lane, items: Sequence[HiddenItem], rows_TD: Tensor) -> None:
+        """The rows of `items`, in their order."""
         batch = self._hidden[node, lane, rows_TD.shape[1]]
-        batch.items.append(item)
+        batch.items.extend(items)
         batch.rows.append(rows_TD)
 
     def add_token(self, head: bytes, first_stage: bytes | None, item: TokenItem) -> None:

@@ -10,9 +10,9 @@ from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
 
-BLOCK_TOKENS = 16
-HASH_BYTES = 16
-MAX_NUM_HASHES = 65536
+from node.links.frames import PREFIX_BLOCK_TOKENS, PREFIX_HASH_BYTES
+
+BLOCK_TOKENS = PREFIX_BLOCK_TOKENS
 _PERSON = b"gpu-pod prefix"
 
 
@@ -22,12 +22,10 @@ def prefix_hashes(model: bytes, head: bytes, token_ids: Sequence[int]) -> tuple[
     if sys.byteorder == "big":
         ids.byteswap()
     raw, num_block_bytes = ids.tobytes(), BLOCK_TOKENS * ids.itemsize
-    hashed = blake2b(model + head, digest_size=HASH_BYTES, person=_PERSON).digest()
+    hashed = blake2b(model + head, digest_size=PREFIX_HASH_BYTES, person=_PERSON).digest()
     hashes = []
-    for start in range(
-        0, min(len(raw) // num_block_bytes, MAX_NUM_HASHES) * num_block_bytes, num_block_bytes
-    ):
+    for start in range(0, len(raw) // num_block_bytes * num_block_bytes, num_block_bytes):
         block = hashed + raw[start : start + num_block_bytes]
-        hashed = blake2b(block, digest_size=HASH_BYTES, person=_PERSON).digest()
+        hashed = blake2b(block, digest_size=PREFIX_HASH_BYTES, person=_PERSON).digest()
         hashes.append(hashed)
     return tuple(hashes)

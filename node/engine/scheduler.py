@@ -1,6 +1,8 @@
 """Which of the waiting inputs run in this step: decode first, then prefill chunks under the token budget.
 
-Pure: it takes from sessions and knows neither torch nor links, only whether a next hop has room for bulk.
+Beside decodes a chunk is no longer than what takes as long as the decodes themselves, so that a prompt never
+stalls the streams of others. Pure: it takes from sessions and knows neither torch nor links, only whether a
+next hop has room for bulk.
 """
 
 from __future__ import annotations
@@ -8,43 +10,77 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from node.engine.session import Input, StageSession
+from node.engine.group import Group
+from node.engine.session import Slice, StageSession
 
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
+    """Beside decodes, a step takes at least `min_num_prefill_tokens`, however long they take."""
+
     max_num_decode_sessions: int = 256
     max_num_prefill_tokens: int = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """One session's part of a step."""
-
-    session: StageSession
-    input: Input
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.input.data)
-
-    @property
-    def end(self) -> int:
-        return self.input.position + self.num_tokens
+    min_num_prefill_tokens: int = 8
 
 
 def schedule(
-    sessions: Iterable[StageSession], limits: StepLimits, can_send_bulk: Callable[[bytes], bool]
+    ready: Iterable[StageSession],
+    groups: Iterable[Group],
+    limits: StepLimits,
+    can_send_bulk: Callable[[bytes], bool],
 ) -> list[Slice]:
-    """`sessions` in the order they became ready. Empty when all that waits, waits for room at a next hop."""
-    ready = list(sessions)
-    decodes = [session for session in ready if session.is_decode_next][: limits.max_num_decode_sessions]
-    batch = [Slice(session, session.take(1)) for session in decodes]
-    num_left = limits.max_num_prefill_tokens
+    """`ready` in the order they became so: who has just run comes last, so that all take turns.
+
+    At most one slice per session, decodes first. Empty when all that waits, waits for room at a next hop.
+    """
+    batch: list[Slice] = []
+    prefilling: list[StageSession] = []
+    num_left: dict[Group, int] = {}
     for session in ready:
-        if num_left == 0:
-            break
-        if session.is_prefill_next and (session.is_last_stage or can_send_bulk(session.next_node)):
-            batch.append(Slice(session, session.take(num_left)))
-            num_left -= batch[-1].num_tokens
+        if session.waiting[0].position < session.num_prompt_tokens:
+            prefilling.append(session)
+            continue
+        group = session.group
+        num = num_left.get(group, -1)
+        if num < 0:
+            num = group.max_num_decodes
+        if num > 0 and len(batch) < limits.max_num_decode_sessions:
+            num -= 1
+            batch.append(session.waiting.popleft())
+        num_left[group] = num
+    if prefilling:
+        _add_prefill(batch, prefilling, seconds_beside_decodes(groups), limits, can_send_bulk)
     return batch
+
+
+def seconds_beside_decodes(groups: Iterable[Group]) -> float | None:
+    """How long prefill may take in one step: as long as the decodes of a step, here now or on their way.
+
+    None: nothing decodes.
+    """
+    decode_s = [group.pace.decode_s(group.max_num_decodes) for group in groups if group.num_decoding]
+    return sum(decode_s) if decode_s else None
+
+
+def _add_prefill(
+    batch: list[Slice],
+    prefilling: Iterable[StageSession],
+    seconds: float | None,
+    limits: StepLimits,
+    can_send_bulk: Callable[[bytes], bool],
+) -> None:
+    num_left, num_due = limits.max_num_prefill_tokens, limits.min_num_prefill_tokens
+    for session in prefilling:
+        num_tokens = num_left
+        if seconds is not None:
+            per_token_s = session.group.pace.prefill_s_per_token
+            num_tokens = min(num_left, max(num_due, int(seconds / per_token_s)))
+        if num_tokens <= 0:
+            break
+        if session.is_last_stage or can_send_bulk(session.next_node):
+            part = session.take(num_tokens)
+            batch.append(part)
+            num_left -= part.num_tokens
+            num_due -= part.num_tokens
+            if seconds is not None:
+                seconds -= part.num_tokens * per_token_s

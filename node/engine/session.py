@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from node.engine.kv_cache import BlockTable
+from node.engine.group import Group
+from node.engine.kv_cache import BLOCK_TOKENS, BlockTable
 from node.engine.loaded import LoadedShard
 from node.engine.meter import Meter
 from node.links.frames import OpenSession, Stage
@@ -21,94 +23,132 @@ class BadFrame(Exception):
     """A peer sent what this session cannot take; the message is one line."""
 
 
-@dataclass(frozen=True, slots=True)
-class Input:
-    """Token ids `[T]` at the first stage, rows `[T, hidden_size]` at the others, from `position` on."""
+@dataclass(slots=True, eq=False)
+class Slice:
+    """Rows `[row, row + num_tokens)` of `source`, the first for `position`: input that waits, or runs.
 
+    `source` holds token ids at the first stage; at the others it is the `[rows, hidden_size]` of a whole
+    frame, so that what arrived together and runs together is never copied.
+    """
+
+    session: StageSession
     position: int
-    data: Tensor
+    num_tokens: int
+    source: Sequence[int] | Tensor
+    row: int
     arrived_s: float
+    end: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.end = self.position + self.num_tokens
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class StageSession:
-    """Over at `end_ms`, and at `deadline_ms` unless something happens; `prompt_ids` until the start."""
+    """Over at `end_ms`, and at `deadline_ms` unless something happens; `prompt_ids` until the start.
+
+    `number` tells younger sessions (higher) from older ones. `num_cached_tokens` rows of KV were here when it
+    opened. `is_paused`: its head has to sign first. `is_preempted`: it lost its KV and waits to be closed.
+    """
 
     opening: OpenSession
     loaded: LoadedShard
+    group: Group
     table: BlockTable
     meter: Meter
     end_ms: int
     prompt_ids: array[int]
+    scope: bytes
+    num_cached_tokens: int
+    number: int
     deadline_ms: int = 0
     next_position: int = 0
-    is_started: bool = False
+    num_hashed_blocks: int = 0
+    has_begun: bool = False
+    is_decoding: bool = False
+    is_paused: bool = False
     is_finished: bool = False
+    is_preempted: bool = False
     num_steps: int = 0
     compute_s: float = 0.0
     queue_s: float = 0.0
-    waiting: deque[Input] = field(default_factory=deque)
+    waiting: deque[Slice] = field(default_factory=deque)
+    # What every step asks for, looked up once.
+    id: bytes = field(init=False)
+    head: bytes = field(init=False)
+    num_prompt_tokens: int = field(init=False)
+    max_num_tokens: int = field(init=False)
+    is_first_stage: bool = field(init=False)
+    is_last_stage: bool = field(init=False)
+    next_stage: Stage = field(init=False)
+    next_node: bytes = field(init=False)
+    previous_node: bytes = field(init=False)
 
-    @property
-    def id(self) -> bytes:
-        return self.opening.session
+    def __post_init__(self) -> None:
+        opening = self.opening
+        route, index = opening.route, opening.stage_index
+        self.id = opening.session
+        self.head = opening.head
+        self.num_prompt_tokens = opening.num_prompt_tokens
+        self.max_num_tokens = max_num_tokens(opening)
+        self.is_first_stage = index == 0
+        self.is_last_stage = index == len(route) - 1
+        # Where this stage's output goes: hidden states to the next stage, tokens back to the first.
+        self.next_stage = route[(index + 1) % len(route)]
+        self.next_node = self.next_stage.node
+        self.previous_node = route[index - 1].node
 
-    @property
-    def stage(self) -> Stage:
-        return self.opening.route[self.opening.stage_index]
+    def begin(self, num_cached_tokens: int) -> None:
+        """The first input stands at `num_cached_tokens`: what is before it need not run. Raises BadFrame.
 
-    @property
-    def is_first_stage(self) -> bool:
-        return self.opening.stage_index == 0
+        That may be less than is cached here, when another stage has less: those rows are written again, and
+        never into blocks that others may be using.
+        """
+        if num_cached_tokens > self.num_cached_tokens or num_cached_tokens % BLOCK_TOKENS:
+            raise BadFrame(f"{num_cached_tokens} tokens are not what is cached here")
+        if num_cached_tokens < self.num_cached_tokens:
+            num_tokens, cache = self.table.num_tokens, self.loaded.cache
+            cache.truncate(self.table, num_cached_tokens)
+            # If that is no longer to be had, room is made when the rows run.
+            cache.grow(self.table, num_tokens)
+        self.has_begun = True
+        self.next_position = num_cached_tokens
+        self.num_hashed_blocks = num_cached_tokens // BLOCK_TOKENS
+        self.meter.begin(num_cached_tokens)
 
-    @property
-    def is_last_stage(self) -> bool:
-        return self.opening.stage_index == len(self.opening.route) - 1
-
-    @property
-    def next_stage(self) -> Stage:
-        """Where this stage's output goes: hidden states to the next stage, tokens back to the first."""
-        return self.opening.route[(self.opening.stage_index + 1) % len(self.opening.route)]
-
-    @property
-    def next_node(self) -> bytes:
-        return self.next_stage.node
-
-    @property
-    def previous_node(self) -> bytes:
-        return self.opening.route[self.opening.stage_index - 1].node
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return self.opening.num_prompt_tokens
-
-    @property
-    def is_prefill_next(self) -> bool:
-        return bool(self.waiting) and self.waiting[0].position < self.num_prompt_tokens
-
-    @property
-    def is_decode_next(self) -> bool:
-        return bool(self.waiting) and self.waiting[0].position >= self.num_prompt_tokens
-
-    def push(self, position: int, data: Tensor, arrived_s: float) -> None:
-        """Raises BadFrame unless the input continues where the last one ended, within the reserved room."""
-        end = position + len(data)
+    def push(
+        self, position: int, num_tokens: int, source: Sequence[int] | Tensor, row: int, arrived_s: float
+    ) -> None:
+        """Raises BadFrame unless the input continues where the last one ended, within the limits."""
+        if not self.has_begun:
+            self.begin(position)
+        end = position + num_tokens
         if position != self.next_position or self.is_finished:
             raise BadFrame(f"position {position} came where {self.next_position} was due")
-        if end > max_num_tokens(self.opening) or (end > self.num_prompt_tokens and len(data) > 1):
-            raise BadFrame(f"{len(data)} tokens from position {position} do not fit the session")
+        if end > self.max_num_tokens or (end > self.num_prompt_tokens and num_tokens > 1):
+            raise BadFrame(f"{num_tokens} tokens from position {position} do not fit the session")
         self.next_position = end
-        self.waiting.append(Input(position, data, arrived_s))
+        self.waiting.append(Slice(self, position, num_tokens, source, row, arrived_s))
 
-    def take(self, max_num_tokens: int) -> Input:
-        """At most `max_num_tokens` of the input that is due; the rest stays."""
-        assert self.waiting
+    def take(self, num_tokens: int) -> Slice:
+        """At most `num_tokens` of the input that is due; the rest stays."""
         first = self.waiting.popleft()
-        if len(first.data) <= max_num_tokens:
+        if first.num_tokens <= num_tokens:
             return first
-        rest = first.data[max_num_tokens:]
-        self.waiting.appendleft(Input(first.position + max_num_tokens, rest, first.arrived_s))
-        return Input(first.position, first.data[:max_num_tokens], first.arrived_s)
+        rest = first.num_tokens - num_tokens
+        source, row, arrived_s = first.source, first.row, first.arrived_s
+        self.waiting.appendleft(
+            Slice(self, first.position + num_tokens, rest, source, row + num_tokens, arrived_s)
+        )
+        return Slice(self, first.position, num_tokens, source, row, arrived_s)
+
+    def cache_prompt_blocks(self, end: int) -> None:
+        """The rows before `end` are in the KV: full blocks of the prompt may be found by later sessions."""
+        hashes, blocks = self.opening.prefix_hashes, self.table.blocks
+        num_full_blocks = min(min(end, self.num_prompt_tokens) // BLOCK_TOKENS, len(hashes))
+        for index in range(self.num_hashed_blocks, num_full_blocks):
+            self.loaded.cache.prefixes.add(self.scope, hashes[index], blocks[index])
+        self.num_hashed_blocks = max(self.num_hashed_blocks, num_full_blocks)
 
 
 def max_num_tokens(opening: OpenSession) -> int:

@@ -16,6 +16,7 @@ from ledger.receipt import Receipt, SignedReceipt, sign_as_head
 from node.engine.engine import Engine
 from node.engine.events import EngineEvent, SessionEnded
 from node.engine.loaded import LoadedShard
+from node.engine.prefix_hashes import prefix_hashes
 from node.engine.provision import provision
 from node.engine.scheduler import StepLimits
 from node.links.frames import (
@@ -56,6 +57,7 @@ class Heard:
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason = FinishReason.NONE
     opened: set[int] = field(default_factory=set)
+    cached: dict[int, int] = field(default_factory=dict)
     errors: list[SessionError] = field(default_factory=list)
     receipts: list[SignedReceipt] = field(default_factory=list)
     timings: list[StageTiming] = field(default_factory=list)
@@ -75,8 +77,10 @@ class Ring:
         kv_tokens: int = 2048,
         limits: StepLimits | None = None,
         clock_ms: Callable[[], int] | None = None,
+        caches_prefixes: bool = False,
     ) -> None:
         self.package = package
+        self.caches_prefixes = caches_prefixes
         self.network = MemoryNetwork()
         self.events: list[EngineEvent] = []
         self.heard: dict[bytes, Heard] = {}
@@ -149,6 +153,9 @@ class Ring:
             deadline_ms=2**52,
             rate_card_version=DEFAULT_RATE_CARD.version,
             prompt_ids=tuple(prompt_ids),
+            prefix_hashes=prefix_hashes(self.package.manifest.model_id, self.head_key.public, prompt_ids)
+            if self.caches_prefixes
+            else (),
         )
 
     def open(self, opening: OpenSession) -> Heard:
@@ -161,7 +168,9 @@ class Ring:
         return heard
 
     def start(self, opening: OpenSession) -> None:
-        self.head.send(opening.route[0].node, StartSession(opening.session))
+        """After what all stages have in their caches."""
+        num_cached_tokens = min(self.heard[opening.session].cached.values(), default=0)
+        self.head.send(opening.route[0].node, StartSession(opening.session, num_cached_tokens))
 
     def close_session(self, opening: OpenSession) -> None:
         for stage in opening.route:
@@ -181,7 +190,13 @@ class Ring:
         return [heard.tokens for heard in heards]
 
     def receipt(
-        self, opening: OpenSession, stage_index: int, sequence: int, prompt: int, output: int
+        self,
+        opening: OpenSession,
+        stage_index: int,
+        sequence: int,
+        prompt: int,
+        output: int,
+        cached: int = 0,
     ) -> Receipt:
         stage, manifest = opening.route[stage_index], self.package.manifest
         num_parameters = manifest.stage_num_parameters(stage.start_layer, stage.end_layer)
@@ -200,9 +215,9 @@ class Ring:
             rate_card_version=opening.rate_card_version,
             sequence=sequence,
             num_prompt_tokens=prompt,
-            num_cached_tokens=0,
+            num_cached_tokens=cached,
             num_output_tokens=output,
-            amount_microcredits=price(DEFAULT_RATE_CARD, num_parameters, prompt, 0, output),
+            amount_microcredits=price(DEFAULT_RATE_CARD, num_parameters, prompt, cached, output),
         )
 
     def send_receipt(self, receipt: Receipt) -> None:
@@ -223,6 +238,7 @@ class Ring:
                         self.heard[item.session].tokens.append(item.token_id)
                         self.heard[item.session].finish_reason = item.finish_reason
                 case SessionOpened():
+                    self.heard[frame.session].cached[frame.stage_index] = frame.num_cached_tokens
                     self.heard[frame.session].opened.add(frame.stage_index)
                 case SessionError():
                     self.heard[frame.session].errors.append(frame)

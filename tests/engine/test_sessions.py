@@ -11,14 +11,12 @@ from dataclasses import replace
 
 import pytest
 
+from node.engine import admission as admission_module
 from node.engine import engine as engine_module
+from node.engine.admission import MAX_SESSION_MS
+from node.engine.arrivals import MAX_UNSTARTED_MS
 from node.engine.dialler import MAX_NUM_DIALS_PER_HEAD
-from node.engine.engine import (
-    MAX_NUM_ENTRIES_PER_STEP,
-    MAX_NUM_UNSIGNED_OUTPUT_TOKENS,
-    MAX_SESSION_MS,
-    MAX_UNSTARTED_MS,
-)
+from node.engine.engine import MAX_NUM_ENTRIES_PER_STEP, MAX_NUM_UNSIGNED_OUTPUT_TOKENS
 from node.engine.inbox import Inbox
 from node.engine.scheduler import StepLimits
 from node.links.frames import (
@@ -115,19 +113,27 @@ def test_cancelling_frees_the_kv_at_once_and_stops_the_work(llama: TinyModel) ->
 
 
 def test_no_kv_room_is_refused_and_room_comes_back(llama: TinyModel) -> None:
-    sampling = replace(GREEDY, max_num_output_tokens=90)
+    prompt, sampling = PROMPT * 13, replace(GREEDY, max_num_output_tokens=60)
     with Ring(llama.package, (2,), kv_tokens=160) as ring:
-        first = ring.opening(PROMPT, sampling)
+        first = ring.opening(prompt, sampling)
         assert not ring.open(first).errors
-        second = ring.opening(PROMPT, sampling)
+        second = ring.opening(prompt, sampling)
         errors = ring.open(second).errors
         assert {error.code for error in errors} == {ErrorCode.NO_KV_ROOM}
-        assert "97 tokens of KV room needed, 48 of 160 are free" in errors[0].message
+        assert "107 tokens of KV room needed, 48 of 160 are free" in errors[0].message
         ring.close_session(first)
-        third = ring.opening(PROMPT, sampling)
+        third = ring.opening(prompt, sampling)
         assert not ring.open(third).errors
         ring.close_session(third)
         wait_until(ring.all_kv_free)
+
+
+def test_a_request_that_never_fits_is_told_what_it_needs(llama: TinyModel) -> None:
+    with Ring(llama.package, (2,), kv_tokens=160) as ring:
+        errors = ring.open(ring.opening(PROMPT, replace(GREEDY, max_num_output_tokens=154))).errors
+        assert {error.code for error in errors} == {ErrorCode.KV_BUDGET_TOO_SMALL}
+        assert errors[0].message == "161 tokens of KV room may be needed, this stage has 160 in all"
+        assert not ring.open(ring.opening(PROMPT, replace(GREEDY, max_num_output_tokens=153))).errors
 
 
 def test_eos_ends_unless_ignored_or_too_early(llama: TinyModel) -> None:
@@ -278,7 +284,7 @@ def test_a_bad_opening_is_refused_with_its_reason(llama: TinyModel, name: str) -
 def test_only_its_head_may_steer_a_session(llama: TinyModel) -> None:
     with Ring(llama.package) as ring:
         opening, heard = begin(ring, ENDLESS)
-        ring.engines[0]._post(ring.engines[0]._frame_arrived, bytes(32), CloseSession(opening.session))
+        ring.engines[0]._post(ring.engines[0]._arrivals.frame, bytes(32), CloseSession(opening.session))
         num_tokens = len(heard.tokens)
         wait_until(lambda: len(heard.tokens) > num_tokens + 3)
         assert not ring.ended()
@@ -300,14 +306,25 @@ def test_receipts_are_co_signed_up_to_the_own_count_and_disputed_above(llama: Ti
         assert f"is {num_tokens + 1}, the stage counted {num_tokens}" in heard.errors[0].message
 
 
-def test_a_head_that_does_not_sign_is_not_served_on(llama: TinyModel) -> None:
-    with Ring(llama.package) as ring:
-        _, heard = begin(ring, ENDLESS)
-        # The last token and the error are two frames; either may be heard first.
-        wait_until(lambda: bool(heard.errors) and len(heard.tokens) > MAX_NUM_UNSIGNED_OUTPUT_TOKENS)
-        assert heard.errors[0].code is ErrorCode.UNSIGNED_LIMIT
-        assert len(heard.tokens) == MAX_NUM_UNSIGNED_OUTPUT_TOKENS + 1
-        assert ring.all_kv_free()
+def test_a_head_that_does_not_sign_is_waited_for(llama: TinyModel) -> None:
+    num_first = MAX_NUM_UNSIGNED_OUTPUT_TOKENS + 1
+    now_ms = [0]
+    with Ring(llama.package, (2,), clock_ms=lambda: now_ms[0]) as ring:
+        opening, heard = begin(ring, ENDLESS)
+        session = ring.engines[0]._book.sessions[opening.session]
+        wait_until(lambda: session.is_paused and bool(session.waiting))
+        # Others are served meanwhile, and the one that waits is not.
+        ring.generate([PROMPT])
+        assert len(heard.tokens) == num_first
+        wait_until(lambda: session.group.num_decoding == 0)
+        for index in range(2):
+            ring.send_receipt(ring.receipt(opening, index, 1, len(PROMPT), 64))
+        wait_until(lambda: len(heard.tokens) == num_first + 64)
+        assert not heard.errors
+        now_ms[0] = MAX_SESSION_MS
+        ring.engines[0].shards().result(10)
+        wait_until(lambda: bool(heard.errors))
+        assert heard.errors[0].code is ErrorCode.DEADLINE
 
 
 def test_steps_go_on_under_a_flood(llama: TinyModel) -> None:
@@ -316,7 +333,7 @@ def test_steps_go_on_under_a_flood(llama: TinyModel) -> None:
         opening, heard = begin(ring, ENDLESS)
         wait_until(lambda: bool(heard.tokens))
         engine, seen = ring.engines[0], []
-        session = engine._sessions[opening.session]
+        session = engine._book.sessions[opening.session]
 
         def flood() -> None:
             for _ in range(num_calls):
@@ -374,7 +391,7 @@ def test_a_session_is_given_time_to_start_and_no_more(llama: TinyModel) -> None:
         ring.engines[0].shards().result(10)
         wait_until(lambda: bool(idle.errors))
         assert "not started in time" in idle.errors[0].message
-        assert running.session in ring.engines[0]._sessions
+        assert running.session in ring.engines[0]._book.sessions
         now_ms[0] = MAX_SESSION_MS
         ring.engines[0].shards().result(10)
         wait_until(lambda: bool(heard.errors))
@@ -387,14 +404,14 @@ def test_an_opening_whose_head_is_gone_keeps_nothing(llama: TinyModel) -> None:
         opening = ring.opening(PROMPT)
         ring.head.close()
         engine = ring.engines[0]
-        engine._post(engine._frame_arrived, opening.head, opening)
+        engine._post(engine._arrivals.frame, opening.head, opening)
         wait_until(lambda: bool(ring.ended()))
         assert "head is gone" in ring.ended()[0].reason
         assert ring.all_kv_free()
 
 
 def test_a_head_has_so_many_sessions_and_no_more(llama: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "MAX_NUM_SESSIONS_PER_HEAD", 2)
+    monkeypatch.setattr(admission_module, "MAX_NUM_SESSIONS_PER_HEAD", 2)
     with Ring(llama.package) as ring:
         openings = [ring.opening(PROMPT) for _ in range(3)]
         heards = [ring.open(opening) for opening in openings]
@@ -407,11 +424,11 @@ def test_prompts_are_kept_packed_and_until_the_start_only(llama: TinyModel) -> N
     with Ring(llama.package) as ring:
         opening = ring.opening(PROMPT, ENDLESS)
         ring.open(opening)
-        session = ring.engines[0]._sessions[opening.session]
+        session = ring.engines[0]._book.sessions[opening.session]
         assert session.prompt_ids == array("I", PROMPT)
         assert not session.opening.prompt_ids
         ring.start(opening)
-        wait_until(lambda: session.is_started)
+        wait_until(lambda: session.has_begun)
         assert not session.prompt_ids
 
 

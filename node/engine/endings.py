@@ -1,0 +1,91 @@
+"""How sessions end, and what their heads are told. KV is free at once; later frames find no session.
+
+A preempted session has lost its KV but is kept for a while: its head still signs for what it was given.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+
+from node.engine.events import EngineEvent, SessionEnded
+from node.engine.session import StageSession
+from node.engine.session_book import SessionBook
+from node.links.frames import ErrorCode, Frame, SessionError
+from node.links.port import LinkDown, LinkFull, StageLinks
+
+log = logging.getLogger(__name__)
+
+MAX_PREEMPTED_MS = 30_000
+
+
+class Endings:
+    def __init__(
+        self,
+        book: SessionBook,
+        links: StageLinks,
+        on_event: Callable[[EngineEvent], None],
+        clock_ms: Callable[[], int],
+    ) -> None:
+        self._book = book
+        self._links = links
+        self._on_event = on_event
+        self._clock_ms = clock_ms
+
+    def end(self, session: StageSession, code: ErrorCode, message: str) -> None:
+        error = SessionError(session.id, session.opening.stage_index, code, message)
+        self.send_to_head(session.head, error)
+        self.forget(session, message)
+
+    def end_all(self, sessions: Iterable[bytes], code: ErrorCode, message: str) -> None:
+        for session_id in sessions:
+            session = self._book.sessions.get(session_id)
+            if session is not None:
+                self.end(session, code, message)
+
+    def end_overdue(self) -> None:
+        for session in self._book.overdue(self._clock_ms()):
+            if session.is_preempted:
+                self.forget(session, "preempted")
+                continue
+            waited = "the session's deadline has passed"
+            if not session.has_begun and session.deadline_ms < session.end_ms:
+                waited = "the session was not started in time"
+            self.end(session, ErrorCode.DEADLINE, waited)
+
+    def preempted(self, session: StageSession) -> None:
+        """Its blocks went to others: the head replays it elsewhere or later."""
+        self._book.quiet(session)
+        deadline_ms = min(session.end_ms, self._clock_ms() + MAX_PREEMPTED_MS)
+        self._book.set_deadline(session, deadline_ms)
+        message = "its KV room was needed for older sessions"
+        self.tell(
+            session, SessionError(session.id, session.opening.stage_index, ErrorCode.PREEMPTED, message)
+        )
+
+    def forget(self, session: StageSession, reason: str) -> None:
+        """`reason` is empty when the head closed it."""
+        if not self._book.remove(session):
+            return
+        session.loaded.cache.close(session.table)
+        meter = session.meter
+        self._on_event(
+            SessionEnded(
+                session.id, session.opening.model, meter.num_prompt_tokens, meter.num_output_tokens, reason
+            )
+        )
+
+    def tell(self, session: StageSession, frame: Frame) -> None:
+        """A head that cannot be told has lost its link, and with it this session."""
+        problem = self.send_to_head(session.head, frame)
+        if problem is not None:
+            self.forget(session, f"the head is gone: {problem}")
+
+    def send_to_head(self, head: bytes, frame: Frame) -> str | None:
+        """Why it could not be sent."""
+        try:
+            self._links.send_to_head(head, frame)
+        except (LinkDown, LinkFull) as error:
+            log.info("the head could not be told: %s", error)
+            return str(error)
+        return None

@@ -1,0 +1,43 @@
+"""Sessions that can run in one pass: the same layers of the same shard, in routes of the same length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from node.engine.loaded import LoadedShard
+from node.engine.pace import Pace
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """`num_decoding` of its `num_sessions` are past their prompt and not paused."""
+
+    loaded: LoadedShard
+    start_layer: int
+    end_layer: int
+    num_stages: int
+    num_sessions: int = 0
+    num_decoding: int = 0
+    pace: Pace = field(init=False)
+
+    def __post_init__(self) -> None:
+        loaded, num_layers = self.loaded, self.end_layer - self.start_layer
+        self.pace = Pace(
+            loaded.decode_us_per_layer * num_layers / 1e6,
+            loaded.prefill_us_per_layer_per_token * num_layers / 1e6,
+        )
+
+    @property
+    def is_first(self) -> bool:
+        return self.start_layer == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.end_layer == self.loaded.manifest.num_layers
+
+    @property
+    def max_num_decodes(self) -> int:
+        """Of one step. The first stage lets out so many that every stage has some to work on at a time."""
+        if self.num_stages == 1 or not self.is_first:
+            return self.num_decoding
+        return -(-self.num_decoding // self.num_stages)

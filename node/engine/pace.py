@@ -1,0 +1,40 @@
+"""How long steps take here: decode steps by how many sessions are in them, prefill by the token.
+
+Learned from the steps themselves; it says how much prefill fits beside decodes without stalling them. Pure.
+"""
+
+from __future__ import annotations
+
+_WEIGHT = 0.2
+# One step that took long for another reason (a busy machine) moves an estimate only so far.
+_MAX_RISE = 3.0
+_MIN_NUM_TOKENS = 4
+
+
+class Pace:
+    def __init__(self, decode_s: float, prefill_s_per_token: float) -> None:
+        """What was measured when the shard was loaded, until there is better."""
+        self._decode_s: dict[int, float] = {0: max(decode_s, 1e-6)}
+        self.prefill_s_per_token = max(prefill_s_per_token, 1e-9)
+
+    def decode_s(self, num_sessions: int) -> float:
+        """Of a step with so many decodes and nothing else; from a similar one if there was none such yet."""
+        known = self._decode_s
+        size = num_sessions.bit_length()
+        while size not in known:
+            size -= 1
+        return known[size]
+
+    def learn(self, num_decodes: int, num_prefill_tokens: int, step_s: float) -> None:
+        if num_prefill_tokens == 0:
+            size = num_decodes.bit_length()
+            old = self._decode_s.get(size)
+            self._decode_s[size] = step_s if old is None else _mixed(old, step_s)
+        elif num_prefill_tokens >= _MIN_NUM_TOKENS:
+            own_s = step_s - self.decode_s(num_decodes) if num_decodes else step_s
+            per_token_s = max(own_s, 0.05 * step_s) / num_prefill_tokens
+            self.prefill_s_per_token = _mixed(self.prefill_s_per_token, per_token_s)
+
+
+def _mixed(old: float, new: float) -> float:
+    return old + _WEIGHT * (min(new, _MAX_RISE * old) - old)

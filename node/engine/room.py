@@ -1,0 +1,34 @@
+"""Room for what a step writes: tables grow, and when blocks run out, sessions are preempted.
+
+Cached blocks that no session uses have gone by then: the pool gives them away by itself. Of the sessions it
+takes one that is finished or waits for its head, else the youngest that is no replay of a preempted one. So
+the oldest always goes on, and the others after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from node.engine.session import Slice, StageSession
+
+
+def make_room(batch: Iterable[Slice], sessions: Collection[StageSession]) -> list[StageSession]:
+    """Grow the tables of all in `batch`. Returns who had to give up their KV for it, in this batch or not."""
+    preempted: list[StageSession] = []
+    for part in batch:
+        session = part.session
+        if part.end <= session.table.num_tokens:
+            continue
+        cache = session.loaded.cache
+        while not session.is_preempted and not cache.grow(session.table, part.end):
+            victim = max((s for s in sessions if s.loaded is session.loaded and s.table.blocks), key=_rank)
+            victim.is_preempted = True
+            cache.close(victim.table)
+            preempted.append(victim)
+    return preempted
+
+
+def _rank(session: StageSession) -> tuple[bool, bool, int]:
+    """The highest is preempted first."""
+    is_replay = session.opening.num_output_tokens_before > 0
+    return session.is_finished or session.is_paused, not is_replay, session.number
