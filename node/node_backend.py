@@ -239,7 +239,7 @@ class NodeBackend:
             name=entry.deployed.name,
             num_layers=entry.manifest.num_layers,
             num_parameters=entry.manifest.stage_num_parameters(0, entry.manifest.num_layers),
-            dtype=entry.manifest.dtype,
+            dtype=entry.manifest.weight_type,
             max_context_tokens=entry.manifest.max_context_tokens,
             state=ModelState(condition.state),
             loaded_per_mille=condition.loaded_per_mille,
@@ -319,3 +319,6 @@ class _Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return self._tokenizer.decode(ids, skip_special)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._tokenizer.token_bytes(token_id)

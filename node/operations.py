@@ -22,8 +22,9 @@ from node.books_view import (
 )
 from node.catalogue import Entry
 from node.errors import UserError
-from node.models.manifest import DTYPES, Manifest
+from node.models.manifest import Manifest
 from node.models.package import build_package
+from node.models.quantization import DTYPES
 from node.office import Office, check_name, wall_clock_ms
 from node.settings import check_host, split_address
 from pod.address import AddressError
@@ -121,6 +122,8 @@ def _model_rows(office: Office) -> list[Result]:
                 "num_layers": entry.manifest.num_layers,
                 "max_context_tokens": entry.manifest.max_context_tokens,
                 "dtype": entry.manifest.dtype,
+                "weight_type": entry.manifest.weight_type,
+                "num_weight_bytes": entry.manifest.stage_bytes(0, entry.manifest.num_layers),
                 "split": entry.deployed.num_stages,
                 "state": condition.state if office.running else "node not running",
                 "reason": condition.reason,
@@ -305,6 +308,7 @@ async def model_add(office: Office, arguments: Arguments, tell: TellProgress) ->
         "id": manifest.model_id.hex(),
         "num_layers": manifest.num_layers,
         "num_parameters": manifest.stage_num_parameters(0, manifest.num_layers),
+        "weight_type": manifest.weight_type,
         "split": deployed.num_stages,
     }
 

@@ -62,9 +62,9 @@ def deployed_model(entry: Entry) -> DeployedModel:
     return DeployedModel(
         model=entry.deployed.id,
         name=entry.deployed.name,
-        layer_bytes=tuple(count * manifest.parameter_bytes for count in manifest.layer_num_parameters),
-        embedding_bytes=manifest.embedding_num_parameters * manifest.parameter_bytes,
-        head_bytes=manifest.head_num_parameters * manifest.parameter_bytes,
+        layer_bytes=manifest.layer_num_bytes,
+        embedding_bytes=manifest.embedding_num_bytes,
+        head_bytes=manifest.head_num_bytes,
         kv_bytes_per_token_per_layer=manifest.kv_bytes_per_token_per_layer,
         max_context_tokens=manifest.max_context_tokens,
         split=max(1, entry.deployed.num_stages),

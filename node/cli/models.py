@@ -10,16 +10,19 @@ import typer
 from node.cli import show
 from node.cli.call import perform
 from node.cli.options import AsJson
+from node.errors import UserError
+from node.models.quantization import QUANTIZED_DTYPES
 
 model_app = typer.Typer(help="What the pod should serve.", no_args_is_help=True)
 
 
 def models_table(rows: list[Any]) -> None:
     show.table(
-        ("model", "layers", "context", "state", "route"),
+        ("model", "weights", "layers", "context", "state", "route"),
         [
             (
                 m["name"],
+                m["weight_type"],
                 m["num_layers"],
                 m["max_context_tokens"],
                 m["state"],
@@ -51,13 +54,24 @@ def model_add(
             "--split", min=1, max=1000, help="Split into at least N stages (default: placement decides)."
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype",
+            help="auto (packed GGUF weights as they are), bfloat16, float16, float32, int8 or int4.",
+        ),
+    ] = "auto",
+    quantize: Annotated[
+        str | None,
+        typer.Option("--quantize", help="Pack the weights when they are loaded: int4 or int8."),
+    ] = None,
     name: Annotated[
         str | None, typer.Option("--name", help="The name tools ask for (default: from REF).")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Have the pod serve a model."""
+    dtype = _dtype(dtype, quantize)
     if Path(ref).expanduser().exists():
         ref = str(Path(ref).expanduser().resolve())
     with show.LoadBars() as bars:
@@ -67,6 +81,16 @@ def model_add(
     return show.out.print(
         f"The pod serves [bold]{result['name']}[/] ({result['num_layers']} layers) as soon as nodes hold it."
     )
+
+
+def _dtype(dtype: str, quantize: str | None) -> str:
+    if quantize is None:
+        return dtype
+    if quantize not in QUANTIZED_DTYPES:
+        raise UserError(f"--quantize must be one of {', '.join(QUANTIZED_DTYPES)} (got {quantize!r})")
+    if dtype not in ("auto", quantize):
+        raise UserError(f"--quantize {quantize} and --dtype {dtype} exclude each other")
+    return quantize
 
 
 @model_app.command("ls")

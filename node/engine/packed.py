@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from node.models.quantization import GROUP, can_pack
+from node.models.quantization import GROUP as GROUP
+from node.models.quantization import can_pack
 
 _HALF = GROUP // 2
 # Half a megabyte of float32 stays in the caches between one step of the arithmetic and the next.

@@ -23,7 +23,6 @@ import torch
 from ledger.rate_card import RateCard, RateCardError
 from node.engine.device import (
     choose_device,
-    choose_dtype,
     default_memory_bytes,
     measure_bytes_per_second,
     set_num_threads,
@@ -55,6 +54,7 @@ from node.engine.messages import (
     read_length,
 )
 from node.engine.provision import provision
+from node.engine.weight_plan import plan_weights
 from node.errors import UserError
 from node.links.tls_links import TlsLinks
 from node.models.errors import ModelError
@@ -178,27 +178,29 @@ class EngineProcess:
 
     def _load(self, order: LoadShard) -> ShardReady:
         manifest = _read_manifest(Path(order.model_dir))
-        num_parameters = manifest.stage_num_parameters(order.start_layer, order.end_layer)
+        paths = [Path(path) for path in order.weights]
         free_bytes = self._memory_bytes - self._used_bytes
-        dtype = choose_dtype(order.dtype, self._device, num_parameters, free_bytes)
-        weight_bytes = num_parameters * dtype.itemsize
-        check_room(manifest.name, weight_bytes, free_bytes)
+        plan = plan_weights(
+            manifest, paths, order.start_layer, order.end_layer, order.dtype, self._device, free_bytes
+        )
+        check_room(manifest.name, plan.num_bytes, free_bytes)
         loaded = provision(
             manifest,
             Path(order.model_dir),
-            [Path(path) for path in order.weights],
+            paths,
             order.start_layer,
             order.end_layer,
-            dtype,
+            plan.dtype,
             self._device,
             # Half of what is left: the other half is for the next shard.
-            max_num_kv_bytes=(free_bytes - weight_bytes) // 2,
+            max_num_kv_bytes=(free_bytes - plan.num_bytes) // 2,
             progress=self._progress_of(order.request),
-            max_num_weight_bytes=weight_bytes,
+            max_num_weight_bytes=plan.num_bytes,
+            max_num_bits=plan.max_num_bits,
         )
         self._used_bytes += _used_by(loaded)
         self._engine.add_shard(loaded)
-        return _ready(order.request, loaded)
+        return _ready(order.request, loaded, plan.weight_type)
 
     def _progress_of(self, request: int) -> Callable[[int, int], None]:
         reported_bytes = 0
@@ -279,13 +281,13 @@ def _read_manifest(model_dir: Path) -> Manifest:
         raise ModelError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _ready(request: int, loaded: LoadedShard) -> ShardReady:
+def _ready(request: int, loaded: LoadedShard, weight_type: str) -> ShardReady:
     return ShardReady(
         request,
         loaded.model,
         loaded.start_layer,
         loaded.end_layer,
-        str(loaded.shard.dtype).removeprefix("torch."),
+        weight_type,
         loaded.manifest.stage_num_parameters(loaded.start_layer, loaded.end_layer),
         loaded.num_weight_bytes,
         loaded.cache.num_tokens,

@@ -36,6 +36,7 @@ def provision(
     max_num_kv_bytes: int,
     progress: Progress,
     max_num_weight_bytes: int | None = None,
+    max_num_bits: int | None = None,
 ) -> LoadedShard:
     """Raises ModelError: damaged or foreign files, layers that are not there, no room for KV."""
     if not 0 <= start_layer < end_layer <= manifest.num_layers:
@@ -44,7 +45,16 @@ def provision(
     block_bytes = _block_bytes(manifest, start_layer, end_layer, dtype)
     num_blocks = _num_blocks(manifest, block_bytes, max_num_kv_bytes)
     shard, _ = load_shard(
-        manifest, model_dir, paths, start_layer, end_layer, dtype, device, progress, max_num_weight_bytes
+        manifest,
+        model_dir,
+        paths,
+        start_layer,
+        end_layer,
+        dtype,
+        device,
+        progress,
+        max_num_weight_bytes,
+        max_num_bits,
     )
     values_per_head = 2 * shard.head_dim
     cache = KvCache(

@@ -1,7 +1,8 @@
 """The manifest of a model package: what the pod must agree on to split a model. Its digest is the model id.
 
-Canonical CBOR, so that every node derives the same id from the same files. It knows sizes and counts, not
-paths: where the files lie on one node is `package.py`'s business.
+Canonical CBOR, so that every node derives the same id from the same files. Models of floats are written as
+version 1, packed ones as version 2, which adds what their parts weigh. It knows sizes and counts, not paths:
+where the files lie on one node is `package.py`'s business.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ import hashlib
 from dataclasses import dataclass
 
 from node.models.errors import ModelError
+from node.models.quantization import DTYPES, QUANTIZED_DTYPES
 from pod.canonical import decode, encode
 
-VERSION = 1
 MAX_MANIFEST_BYTES = 1 << 20
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,16 @@ class FileDigest:
     name: str
     size_bytes: int
     sha256: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSizes:
+    """Bytes in memory, with what stays float; `weight_type` is what most of it is ("int4", "int8")."""
+
+    weight_type: str
+    layer_num_bytes: tuple[int, ...]
+    embedding_num_bytes: int
+    head_num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +51,16 @@ class Manifest:
     head_num_parameters: int
     num_kv_values_per_token_per_layer: int
     eos_token_ids: tuple[int, ...]
-    version: int = VERSION
+    packed: PackedSizes | None = None
+
+    @property
+    def version(self) -> int:
+        return 1 if self.packed is None else 2
+
+    @property
+    def weight_type(self) -> str:
+        """What the weights are kept as; "auto" of a model of floats is each node's choice."""
+        return self.dtype if self.packed is None else self.packed.weight_type
 
     @property
     def num_layers(self) -> int:
@@ -53,7 +72,7 @@ class Manifest:
 
     @property
     def parameter_bytes(self) -> int:
-        """Bytes per parameter and KV value to plan with; "auto" is planned at two, its least."""
+        """Bytes per float parameter and KV value to plan with; "auto" is planned at two, its least."""
         return 4 if self.dtype == "float32" else 2
 
     @property
@@ -69,11 +88,35 @@ class Manifest:
             count += self.head_num_parameters
         return count
 
+    @property
+    def layer_num_bytes(self) -> tuple[int, ...]:
+        """Planned memory of each layer's weights."""
+        if self.packed is not None:
+            return self.packed.layer_num_bytes
+        return tuple(count * self.parameter_bytes for count in self.layer_num_parameters)
+
+    @property
+    def embedding_num_bytes(self) -> int:
+        if self.packed is not None:
+            return self.packed.embedding_num_bytes
+        return self.embedding_num_parameters * self.parameter_bytes
+
+    @property
+    def head_num_bytes(self) -> int:
+        if self.packed is not None:
+            return self.packed.head_num_bytes
+        return self.head_num_parameters * self.parameter_bytes
+
     def stage_bytes(self, start_layer: int, end_layer: int) -> int:
-        return self.stage_num_parameters(start_layer, end_layer) * self.parameter_bytes
+        num_bytes = sum(self.layer_num_bytes[start_layer:end_layer])
+        if start_layer == 0:
+            num_bytes += self.embedding_num_bytes
+        if end_layer == self.num_layers:
+            num_bytes += self.head_num_bytes
+        return num_bytes
 
     def encode(self) -> bytes:
-        fields = {
+        fields: dict[int, object] = {
             0: self.version,
             1: self.name,
             2: self.model_type,
@@ -89,6 +132,14 @@ class Manifest:
             12: self.num_kv_values_per_token_per_layer,
             13: list(self.eos_token_ids),
         }
+        if self.packed is not None:
+            sizes = self.packed
+            fields[14] = [
+                sizes.weight_type,
+                list(sizes.layer_num_bytes),
+                sizes.embedding_num_bytes,
+                sizes.head_num_bytes,
+            ]
         return encode(fields)
 
     @staticmethod
@@ -106,10 +157,11 @@ class Manifest:
 
 
 def _from_fields(fields: object) -> Manifest:
-    if not isinstance(fields, dict) or set(fields) != set(range(14)):
+    if not isinstance(fields, dict) or fields.get(0) not in (1, 2):
+        raise ValueError("version")
+    if set(fields) != set(range(13 + fields[0])):
         raise ValueError("fields")
     manifest = Manifest(
-        version=_count(fields[0]),
         name=_text(fields[1]),
         model_type=_text(fields[2]),
         hidden_size=_count(fields[3], 1),
@@ -123,10 +175,22 @@ def _from_fields(fields: object) -> Manifest:
         head_num_parameters=_count(fields[11]),
         num_kv_values_per_token_per_layer=_count(fields[12], 1),
         eos_token_ids=tuple(_count(item) for item in _items(fields[13])),
+        packed=_packed_sizes(fields[14]) if 14 in fields else None,
     )
-    if manifest.version != VERSION or manifest.dtype not in DTYPES or not manifest.layer_num_parameters:
-        raise ValueError("version, dtype or layers")
+    if manifest.dtype not in DTYPES or not manifest.layer_num_parameters:
+        raise ValueError("dtype or layers")
+    if len(manifest.layer_num_bytes) != manifest.num_layers:
+        raise ValueError("sizes")
     return manifest
+
+
+def _packed_sizes(value: object) -> PackedSizes:
+    if not isinstance(value, list) or len(value) != 4 or value[0] not in QUANTIZED_DTYPES:
+        raise ValueError("sizes")
+    weight_type, layers, embedding, head = value
+    return PackedSizes(
+        weight_type, tuple(_count(item, 1) for item in _items(layers)), _count(embedding), _count(head)
+    )
 
 
 def _count(value: object, least: int = 0) -> int:

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from node.models.bundle import ModelFacts, make_bundle_apart
 from node.models.errors import ModelError
-from node.models.manifest import DTYPES, FileDigest, Manifest
+from node.models.manifest import FileDigest, Manifest, PackedSizes
+from node.models.quantization import DTYPES, max_num_bits, num_bytes_of, weight_type
 from node.models.reference import ModelFiles, resolve
-from node.models.tensors import EMBEDDING, FINAL_NORM, HEAD, layer_of
+from node.models.tensors import EMBEDDING, FINAL_NORM, HEAD, TensorPlace, layer_of
 from node.models.weights import Weights
 
 Progress = Callable[[str, int, int], None]
@@ -31,6 +32,7 @@ MANIFEST_FILE = "manifest.cbor"
 DIGESTS_FILE = "digests.json"
 MAX_BUNDLE_FILE_BYTES = 64 << 20
 READ_BYTES = 4 << 20
+MAX_NUM_LAYERS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,27 +58,30 @@ def build_package(
     weights = Weights(files.weights)
     try:
         models_dir.mkdir(parents=True, exist_ok=True)
-        known = _installed(files, dtype, models_dir, progress)
+        packed = _packed_sizes(weights, dtype)
+        known = _installed(files, dtype, packed, models_dir, progress)
         if known is not None:
             return ModelPackage(known, package_dir(known.model_id, models_dir), files.weights)
         with tempfile.TemporaryDirectory(dir=models_dir, prefix="new-") as scratch:
             bundle_dir = Path(scratch)
             facts = make_bundle(files.source, bundle_dir)
             digests = _digests(files.weights, models_dir, progress)
-            manifest = _describe(files, weights, facts, dtype, digests, bundle_dir)
+            manifest = _describe(files, weights, facts, dtype, packed, digests, bundle_dir)
             return ModelPackage(manifest, _install(manifest, bundle_dir, models_dir), files.weights)
     finally:
         weights.close()
 
 
-def _installed(files: ModelFiles, dtype: str, models_dir: Path, progress: Progress | None) -> Manifest | None:
+def _installed(
+    files: ModelFiles, dtype: str, packed: PackedSizes | None, models_dir: Path, progress: Progress | None
+) -> Manifest | None:
     """A package made of the same GGUF file: all its facts are in that file, so it need not be made again."""
     for path in models_dir.glob(f"*/{MANIFEST_FILE}") if files.is_gguf else ():
         try:
             manifest = load_package(bytes.fromhex(path.parent.name), models_dir)
         except (ModelError, ValueError):
             continue
-        is_alike = (manifest.name, manifest.dtype) == (files.name, dtype)
+        is_alike = (manifest.name, manifest.dtype, manifest.packed) == (files.name, dtype, packed)
         if is_alike and manifest.weights == _digests(files.weights, models_dir, progress):
             return manifest
     return None
@@ -143,14 +148,14 @@ def _describe(
     weights: Weights,
     facts: ModelFacts,
     dtype: str,
+    packed: PackedSizes | None,
     digests: tuple[FileDigest, ...],
     bundle_dir: Path,
 ) -> Manifest:
-    layers = [0] * facts.num_layers
-    for name, place in weights.tensors.items():
-        layer = layer_of(name)
-        if layer is not None and layer < facts.num_layers:
-            layers[layer] += place.num_parameters
+    layers = [sum(place.num_parameters for place in places) for places in _layers(weights)]
+    layers += [0] * (facts.num_layers - len(layers))
+    if len(layers) > facts.num_layers:
+        raise ModelError(f"{files.source} has {len(layers)} layers, its config says {facts.num_layers}")
     if 0 in layers:
         raise ModelError(f"{files.source}: the weights lack layer {layers.index(0)}")
     embedding = weights.place(EMBEDDING)
@@ -169,7 +174,33 @@ def _describe(
         head_num_parameters=head.num_parameters + weights.place(FINAL_NORM).num_parameters,
         num_kv_values_per_token_per_layer=facts.num_kv_values_per_token_per_layer,
         eos_token_ids=facts.eos_token_ids,
+        packed=packed,
     )
+
+
+def _packed_sizes(weights: Weights, dtype: str) -> PackedSizes | None:
+    """None for a model of floats. What is not packed is planned as float32, as CPUs keep it."""
+    bits = max_num_bits(dtype, weights.tensors.values())
+    if bits is None:
+        return None
+    embedding = weights.place(EMBEDDING)
+    head = weights.tensors.get(HEAD, embedding)
+    return PackedSizes(
+        weight_type=weight_type(bits, weights.tensors.values()),
+        layer_num_bytes=tuple(sum(num_bytes_of(place, bits, 4) for place in ps) for ps in _layers(weights)),
+        embedding_num_bytes=num_bytes_of(embedding, bits, 4),
+        head_num_bytes=num_bytes_of(head, bits, 4) + num_bytes_of(weights.place(FINAL_NORM), bits, 4),
+    )
+
+
+def _layers(weights: Weights) -> list[list[TensorPlace]]:
+    """The tensors of every decoder layer up to the last one that has any."""
+    layers: dict[int, list[TensorPlace]] = {}
+    for name, place in weights.tensors.items():
+        layer = layer_of(name)
+        if layer is not None:
+            layers.setdefault(layer, []).append(place)
+    return [layers.get(layer, []) for layer in range(min(max(layers, default=-1) + 1, MAX_NUM_LAYERS))]
 
 
 def _install(manifest: Manifest, bundle_dir: Path, models_dir: Path) -> Path:

@@ -50,6 +50,16 @@ def num_bytes_of(place: TensorPlace, most: int | None, float_bytes: int) -> int:
     return place.num_parameters * float_bytes if num_bits is None else packed_num_bytes(place.shape, num_bits)
 
 
+def weight_type(most: int | None, places: Iterable[TensorPlace]) -> str:
+    """ "int4" or "int8": as what the most values of packed weights are kept."""
+    num_values = dict.fromkeys(QUANTIZED_DTYPES, 0)
+    for place in places:
+        num_bits = num_bits_of(place, most)
+        if num_bits is not None:
+            num_values[f"int{num_bits}"] += place.num_parameters
+    return max(num_values, key=lambda name: num_values[name])
+
+
 def _is_mostly_packed(places: Iterable[TensorPlace]) -> bool:
     layers = [place for place in places if layer_of(place.name) is not None]
     num_packed = sum(place.num_parameters for place in layers if place.encoding in GGUF_BITS)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from node.models.bundle import SUPPORTED_MODEL_TYPES, ModelFacts, make_bundle_here
 from node.models.errors import ModelError
-from node.models.manifest import FileDigest, Manifest
+from node.models.manifest import FileDigest, Manifest, PackedSizes
 from node.models.package import (
     ModelPackage,
     build_package,
@@ -42,6 +42,8 @@ MANIFEST = Manifest(
     num_kv_values_per_token_per_layer=16,
     eos_token_ids=(2,),
 )
+PACKED = replace(MANIFEST, packed=PackedSizes("int4", (63, 64, 65), 50, 60))
+GOLDEN = Path(__file__).parent / "golden" / "manifests_v1_v2.hex"
 
 
 def tiny_bundle(source: Path, directory: Path) -> ModelFacts:
@@ -115,6 +117,35 @@ def test_stages_count_embedding_first_and_head_last() -> None:
     assert MANIFEST.stage_num_parameters(0, 3) == 468
     assert MANIFEST.stage_bytes(0, 3) == 2 * 468
     assert replace(MANIFEST, dtype="float32").stage_bytes(0, 3) == 4 * 468
+
+
+def test_packed_stages_are_planned_with_what_they_weigh() -> None:
+    assert PACKED.stage_bytes(0, 1) == 50 + 63
+    assert PACKED.stage_bytes(1, 3) == 64 + 65 + 60
+    assert PACKED.stage_num_parameters(1, 3) == 288
+    assert PACKED.kv_bytes_per_token_per_layer == 2 * 16
+    assert (MANIFEST.weight_type, PACKED.weight_type) == ("auto", "int4")
+
+
+def test_golden_manifests_of_versions_1_and_2() -> None:
+    """Models of floats keep the bytes, and so the id, that version 1 gave them."""
+    golden = [bytes.fromhex(line) for line in GOLDEN.read_text().split()]
+    assert [MANIFEST.encode(), PACKED.encode()] == golden
+    assert [Manifest.decode(raw) for raw in golden] == [MANIFEST, PACKED]
+
+
+def test_sizes_that_do_not_fit_the_layers_are_refused() -> None:
+    fields = cbor2.loads(PACKED.encode())
+    for sizes in (
+        ["int4", [63, 64], 50, 60],
+        ["int4", [63, 64, 0], 50, 60],
+        ["int3", [63, 64, 65], 50, 60],
+        ["int4", [63, 64, 65], -1, 60],
+        ["int4", [63, 64, 65], 50],
+        None,
+    ):
+        with pytest.raises(ModelError):
+            Manifest.decode(cbor2.dumps(fields | {14: sizes}, canonical=True))
 
 
 def test_a_manifest_is_read_back_only_from_its_own_bytes() -> None:
