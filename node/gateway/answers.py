@@ -13,6 +13,7 @@ from typing import Protocol
 
 from node.gateway.backend import Usage
 from node.gateway.delivery import FinishName, TextPiece
+from node.gateway.token_logprobs import TokenLogprobs, chat_logprobs, completion_logprobs
 
 Json = dict[str, object]
 
@@ -23,10 +24,12 @@ class Choice:
 
     text: str = ""
     finish: FinishName | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def add(self, piece: TextPiece) -> None:
         self.text += piece.text
         self.finish = piece.finish
+        self.logprobs += piece.logprobs
 
 
 class AnswerShape(Protocol):
@@ -61,6 +64,7 @@ def total_usage(usages: Sequence[Usage]) -> Json:
 @dataclass(frozen=True, slots=True)
 class ChatShape:
     model: str
+    has_logprobs: bool = False
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(16)}")
     created_s: int = field(default_factory=lambda: int(time.time()))
 
@@ -68,7 +72,8 @@ class ChatShape:
         return [self._chunk({"role": "assistant", "content": "", "refusal": None}, None)]
 
     def chunks(self, index: int, piece: TextPiece) -> list[Json]:
-        text = [self._chunk({"content": piece.text}, None)] if piece.text else []
+        logprobs = chat_logprobs(piece.logprobs) if piece.logprobs else None
+        text = [self._chunk({"content": piece.text}, None, logprobs)] if piece.text or logprobs else []
         return text + ([self._chunk({}, piece.finish)] if piece.finish else [])
 
     def usage_chunk(self) -> Json:
@@ -79,15 +84,15 @@ class ChatShape:
             {
                 "index": index,
                 "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                "logprobs": None,
+                "logprobs": chat_logprobs(choice.logprobs) if self.has_logprobs else None,
                 "finish_reason": choice.finish,
             }
             for index, choice in enumerate(choices)
         ]
         return self._head("chat.completion") | {"choices": listed}
 
-    def _chunk(self, delta: Json, finish: FinishName | None) -> Json:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+    def _chunk(self, delta: Json, finish: FinishName | None, logprobs: Json | None = None) -> Json:
+        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return self._head("chat.completion.chunk") | {"choices": [choice]}
 
     def _head(self, kind: str) -> Json:
@@ -97,6 +102,7 @@ class ChatShape:
 @dataclass(frozen=True, slots=True)
 class CompletionShape:
     model: str
+    has_logprobs: bool = False
     id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(16)}")
     created_s: int = field(default_factory=lambda: int(time.time()))
 
@@ -104,18 +110,17 @@ class CompletionShape:
         return []
 
     def chunks(self, index: int, piece: TextPiece) -> list[Json]:
-        return [self._answer([self._choice(index, piece.text, piece.finish)])]
+        return [self._answer([self._choice(index, piece)])]
 
     def usage_chunk(self) -> Json:
         return self._answer([])
 
     def whole(self, choices: Sequence[Choice]) -> Json:
-        return self._answer(
-            [self._choice(index, choice.text, choice.finish) for index, choice in enumerate(choices)]
-        )
+        return self._answer([self._choice(index, choice) for index, choice in enumerate(choices)])
 
-    def _choice(self, index: int, text: str, finish: FinishName | None) -> Json:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
+    def _choice(self, index: int, part: TextPiece | Choice) -> Json:
+        logprobs = completion_logprobs(part.logprobs) if self.has_logprobs else None
+        return {"index": index, "text": part.text, "logprobs": logprobs, "finish_reason": part.finish}
 
     def _answer(self, choices: list[Json]) -> Json:
         head: Json = {"id": self.id, "object": "text_completion", "created": self.created_s}

@@ -75,6 +75,11 @@ class TextTokenizer(Protocol):
         """Bytes that are no complete UTF-8 come out as U+FFFD. No clean-up of spaces."""
         ...
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What this token alone adds to a text, which need not be whole characters; of a special one its
+        name."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
@@ -88,10 +93,15 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedToken:
-    """One token. The last one of a generation has a finish reason other than NONE (eos included)."""
+    """One token. The last one of a generation has a finish reason other than NONE (eos included).
+
+    `logprob` and `top_logprobs` (id, logprob; likeliest first) are there when the request asked for them.
+    """
 
     token_id: int
     finish_reason: FinishReason
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

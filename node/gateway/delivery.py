@@ -14,9 +14,10 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Literal
 
-from node.gateway.backend import Generation, GenerationFailed, TextTokenizer, Usage
+from node.gateway.backend import GeneratedToken, Generation, GenerationFailed, TextTokenizer, Usage
 from node.gateway.detokenizer import Detokenizer
 from node.gateway.stop_strings import StopStrings
+from node.gateway.token_logprobs import TokenLogprobs
 from node.links.frames import FinishReason
 
 SETTLE_TIMEOUT_S = 30.0
@@ -28,11 +29,16 @@ FinishName = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class TextPiece:
-    """Text to send on. `num_output_tokens` counts from the start of the generation, this piece included."""
+    """Text to send on. `num_output_tokens` counts from the start of the generation, this piece included.
+
+    `logprobs` of the tokens since the last piece, if the request asked for them. Those that spell a stop
+    string are among them (they were generated and count), an end-of-sequence token is not.
+    """
 
     text: str
     num_output_tokens: int
     finish: FinishName | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Delivery:
@@ -43,7 +49,10 @@ class Delivery:
     ) -> None:
         self.generation = generation
         self.num_delivered = 0
+        self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer)
+        self._num_chars = 0
+        self._logprobs: list[TokenLogprobs] = []
         self._stops = StopStrings(stops)
         self._min_num_tokens = min_num_tokens
         self._settlement: asyncio.Task[Usage] | None = None
@@ -54,17 +63,26 @@ class Delivery:
         async with aclosing(self.generation.tokens()) as tokens:
             async for token in tokens:
                 num_tokens += 1
-                text = self._detokenizer.push(token.token_id)
+                text = self._detokenized(token)
                 if num_tokens > self._min_num_tokens:
                     text = self._stops.push(text)
                 finish = self._finish(token.finish_reason)
                 if finish and not self._stops.found:
                     text += self._stops.flush()
                 if text or finish:
-                    yield TextPiece(text, num_tokens, finish)
+                    logprobs, self._logprobs = tuple(self._logprobs), []
+                    yield TextPiece(text, num_tokens, finish, logprobs)
                 if finish:
                     return
         raise GenerationFailed("The generation ended before its last token.")
+
+    def _detokenized(self, token: GeneratedToken) -> str:
+        text = self._detokenizer.push(token.token_id)
+        is_silent_end = token.finish_reason is FinishReason.STOP and not text
+        if token.logprob is not None and not is_silent_end:
+            self._logprobs.append(TokenLogprobs.of(token, self._tokenizer, self._num_chars))
+        self._num_chars += len(text)
+        return text
 
     def _finish(self, reason: FinishReason) -> FinishName | None:
         if self._stops.found or reason is FinishReason.STOP:

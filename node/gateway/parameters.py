@@ -16,36 +16,31 @@ from pydantic_core import ErrorDetails
 
 from node.gateway.body import JsonObject
 from node.gateway.errors import ApiError, bad_parameter
-from node.links.frames import Sampling
+from node.links.frames import MAX_NUM_LOGIT_BIASES, MAX_NUM_TOP_LOGPROBS, Sampling
 
 MAX_NUM_STOPS = 4
 MAX_NUM_PROMPTS = 32
 MAX_SEED = 2**63 - 1
+MAX_NUM_STOP_TOKEN_IDS = 128
 COMPLETION_MAX_TOKENS = 16
+COMPLETION_MAX_NUM_LOGPROBS = 5
 
 OFF_VALUES: Mapping[str, tuple[object, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "min_p": (0,),
     "modalities": (["text"],),
     "moderation": (),
     "n": (1,),
-    "presence_penalty": (0,),
     "reasoning_effort": ("none",),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -54,6 +49,9 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 Text = Annotated[str, Field(max_length=4096)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 PositiveCount = Annotated[int, Field(ge=1, lt=2**31)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+TokenIdText = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class _Strict(BaseModel):
@@ -75,12 +73,18 @@ class GenerationParameters(_Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    logit_bias: Annotated[dict[TokenIdText, Bias], Field(max_length=MAX_NUM_LOGIT_BIASES)] | None = None
     seed: Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
     stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=MAX_NUM_STOPS)] | None = None
     max_tokens: PositiveCount | None = None
     max_completion_tokens: PositiveCount | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_NUM_STOP_TOKEN_IDS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -111,10 +115,24 @@ class GenerationParameters(_Strict):
     def max_num_output_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
+    @property
+    def num_top_logprobs(self) -> int:
+        """How many alternatives the answer lists per token; -1: no logprobs at all."""
+        return -1
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        return tuple((int(token_id), float(bias)) for token_id, bias in (self.logit_bias or {}).items())
+
     def sampling(self, max_num_output_tokens: int, eos_token_ids: tuple[int, ...]) -> Sampling:
-        """For the last stage. top_p 0 keeps only the likeliest token, which is greedy."""
+        """For the last stage. top_p 0 keeps only the likeliest token, which is greedy.
+
+        ignore_eos is about the model's own ends: the caller's stop tokens stop all the same.
+        """
         temperature = 1.0 if self.temperature is None else self.temperature
         top_p = 1.0 if self.top_p is None else self.top_p
+        stops = tuple(self.stop_token_ids or ())
+        ends = () if self.ignore_eos and stops else eos_token_ids
         return Sampling(
             temperature=float(temperature) if top_p > 0 else 0.0,
             top_p=float(top_p) if top_p > 0 else 1.0,
@@ -122,8 +140,14 @@ class GenerationParameters(_Strict):
             seed=secrets.randbits(63) if self.seed is None else self.seed % (MAX_SEED + 1),
             max_num_output_tokens=max_num_output_tokens,
             min_num_output_tokens=self.min_tokens or 0,
-            ignore_eos=bool(self.ignore_eos),
-            eos_token_ids=eos_token_ids,
+            ignore_eos=bool(self.ignore_eos) and not stops,
+            eos_token_ids=tuple(dict.fromkeys(ends + stops)),
+            min_p=float(self.min_p or 0),
+            frequency_penalty=float(self.frequency_penalty or 0),
+            presence_penalty=float(self.presence_penalty or 0),
+            repetition_penalty=1.0 if self.repetition_penalty is None else float(self.repetition_penalty),
+            logit_bias=self.biases,
+            num_top_logprobs=self.num_top_logprobs,
         )
 
 
@@ -172,6 +196,18 @@ class ChatMessage(_Strict):
 
 class ChatParameters(GenerationParameters):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_NUM_TOP_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _logprobs_agree(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise bad_parameter("top_logprobs", "top_logprobs is only allowed with logprobs: true.")
+        return self
+
+    @property
+    def num_top_logprobs(self) -> int:
+        return self.top_logprobs or 0 if self.logprobs else -1
 
 
 class CompletionParameters(GenerationParameters):
@@ -181,6 +217,12 @@ class CompletionParameters(GenerationParameters):
         | Annotated[list[TokenId], Field(min_length=1)]
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
     )
+
+    logprobs: Annotated[int, Field(ge=0, le=COMPLETION_MAX_NUM_LOGPROBS)] | None = None
+
+    @property
+    def num_top_logprobs(self) -> int:
+        return -1 if self.logprobs is None else self.logprobs
 
     @model_validator(mode="after")
     def _few_prompts(self) -> Self:

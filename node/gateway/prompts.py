@@ -61,8 +61,20 @@ def generation_request(
     num_output_tokens = asked or min(room, default_max_num_tokens or room)
     if (parameters.min_tokens or 0) > num_output_tokens:
         raise bad_parameter("min_tokens", f"min_tokens is above the limit of {num_output_tokens} tokens.")
+    _check_vocabulary(parameters, card)
     sampling = parameters.sampling(num_output_tokens, eos_token_ids)
     return GenerationRequest(card.name, tuple(prompt_ids), sampling, request_id)
+
+
+def _check_vocabulary(parameters: GenerationParameters, card: ModelCard) -> None:
+    named = {
+        "logit_bias": [token_id for token_id, _ in parameters.biases],
+        "stop_token_ids": parameters.stop_token_ids or [],
+    }
+    for where, ids in named.items():
+        if max(ids, default=0) >= card.vocab_size:
+            message = f"Token id {max(ids)} is outside the model's vocabulary of {card.vocab_size}."
+            raise bad_parameter(where, message)
 
 
 def _context_exceeded(where: str, card: ModelCard, num_prompt_tokens: int, asked: int | None) -> ApiError:

@@ -99,7 +99,9 @@ async def create_chat_completion(
     tokenizer = await gateway.backend.tokenizer(card.name)
     ids = await chat_prompt(tokenizer, parameters.messages)
     request = generation_request(parameters, ids, card, tokenizer.eos_token_ids, None, request_id)
-    return gateway.answer(caller, parameters, [request], tokenizer, ChatShape(card.name))
+    return gateway.answer(
+        caller, parameters, [request], tokenizer, ChatShape(card.name, bool(parameters.logprobs))
+    )
 
 
 @router.post("/completions", response_model=None)
@@ -114,7 +116,8 @@ async def create_completion(
     requests = [
         generation_request(parameters, ids, card, eos, COMPLETION_MAX_TOKENS, request_id) for ids in prompts
     ]
-    return gateway.answer(caller, parameters, requests, tokenizer, CompletionShape(card.name))
+    shape = CompletionShape(card.name, parameters.logprobs is not None)
+    return gateway.answer(caller, parameters, requests, tokenizer, shape)
 
 
 def _may_use(caller: Caller, model: str) -> bool:

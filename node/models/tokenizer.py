@@ -7,6 +7,7 @@ costs the node process five seconds at start and 200 MB.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +20,19 @@ from tokenizers import Tokenizer
 from node.models.errors import ModelError
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
+
+
+def _bytes_of_chars() -> dict[str, int]:
+    """How byte-level vocabularies (GPT-2's and after) spell: printable Latin-1 as itself, other bytes from
+    U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(256) if byte not in printable)
+    spelled = {chr(byte): byte for byte in printable}
+    return spelled | {chr(0x100 + number): byte for number, byte in enumerate(others)}
+
+
+_BYTE_OF = _bytes_of_chars()
 
 
 class ChatTokenizer:
@@ -33,6 +47,7 @@ class ChatTokenizer:
         except Exception as error:
             # The tokenizers library raises bare Exception for every kind of damage.
             raise ModelError(f"{path} is damaged ({str(error)[:100]})") from error
+        self._is_byte_level = "ByteLevel" in str(self._tokenizer.decoder)
         config = _read_config(bundle_dir / "tokenizer_config.json")
         self._special_tokens = {name: _token_text(config.get(name)) for name in _SPECIAL_NAMES}
         self._template = _compile(_chat_template(bundle_dir, config), bundle_dir)
@@ -59,6 +74,16 @@ class ChatTokenizer:
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What this token alone adds to a text: perhaps part of a character. Special ones by their names."""
+        piece = self._tokenizer.id_to_token(token_id) or ""
+        if not self._is_byte_level:
+            # Pieces as SentencePiece writes them.
+            byte = _BYTE_PIECE.fullmatch(piece)
+            return bytes.fromhex(byte[1]) if byte else piece.replace("\u2581", " ").encode()
+        known = all(char in _BYTE_OF for char in piece)
+        return bytes(_BYTE_OF[char] for char in piece) if known else piece.encode()
 
     def _ids_of(self, token: str) -> tuple[int, ...]:
         token_id = self._tokenizer.token_to_id(token)

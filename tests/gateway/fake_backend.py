@@ -4,6 +4,7 @@ stop strings cross token boundaries as often as they can."""
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -57,6 +58,17 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return bytes(id_ for id_ in ids if id_ < EOS).decode("utf-8", "replace")
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < EOS else b"<end>"
+
+
+def with_logprobs(token: GeneratedToken, num_top: int) -> GeneratedToken:
+    """As the last stage would say: the token itself, then those before it, each half as likely."""
+    if num_top < 0:
+        return token
+    top = tuple((max(0, token.token_id - n), -math.log(2) * (n + 1)) for n in range(num_top))
+    return replace(token, logprob=-math.log(2), top_logprobs=top)
+
 
 def tokens_of(text: str, finish: FinishReason = FinishReason.STOP) -> list[GeneratedToken]:
     """The bytes of `text` and the end-of-sequence token."""
@@ -87,13 +99,15 @@ class FakeGeneration:
 
     async def tokens(self) -> AsyncGenerator[GeneratedToken, None]:
         limit = self.request.sampling.max_num_output_tokens
+        num_top = self.request.sampling.num_top_logprobs
         try:
-            for index, token in enumerate(self.script.tokens):
+            for index, plain in enumerate(self.script.tokens):
+                token = with_logprobs(plain, num_top)
                 if index == self.script.pause_at:
                     await self.script.go.wait()
                 self.num_yielded += 1
                 if self.num_yielded == limit and token.finish_reason is FinishReason.NONE:
-                    yield GeneratedToken(token.token_id, FinishReason.LENGTH)
+                    yield replace(token, finish_reason=FinishReason.LENGTH)
                     return
                 yield token
             if self.script.error is not None:

@@ -46,25 +46,17 @@ def refused(gateway: RunningGateway, path: str, status: int, code: str | None, *
     ("param", "value"),
     [
         ("audio", {"voice": "alloy", "format": "wav"}),
-        ("frequency_penalty", 0.5),
         ("function_call", {"name": "f"}),
         ("functions", [{"name": "f"}]),
-        ("logit_bias", {"50": 10}),
-        ("logprobs", True),
-        ("min_p", 0.1),
         ("modalities", ["text", "audio"]),
         ("n", 2),
         ("n", True),
-        ("presence_penalty", -1),
-        ("presence_penalty", "0"),
         ("reasoning_effort", "high"),
-        ("repetition_penalty", 1.1),
         ("response_format", {"type": "json_object"}),
         ("service_tier", "priority"),
         ("store", True),
         ("tool_choice", "required"),
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("top_logprobs", 2),
         ("web_search_options", {}),
     ],
 )
@@ -77,9 +69,7 @@ def test_what_would_change_the_output_is_refused_by_name(
     assert param in error["message"]
 
 
-@pytest.mark.parametrize(
-    ("param", "value"), [("echo", True), ("suffix", "x"), ("best_of", 2), ("logprobs", 0)]
-)
+@pytest.mark.parametrize(("param", "value"), [("echo", True), ("suffix", "x"), ("best_of", 2)])
 def test_completion_parameters_refused_by_name(shared: RunningGateway, param: str, value: object) -> None:
     body = {"model": MODEL, "prompt": "a", param: value}
     assert refused(shared, TEXT, 400, "unsupported_parameter", json=body)["param"] == param
@@ -108,6 +98,29 @@ def test_completion_parameters_refused_by_name(shared: RunningGateway, param: st
         ({"temperature": 1e300}, "temperature", "invalid_value"),
         ({"top_p": 1.01}, "top_p", "invalid_value"),
         ({"top_k": -2}, "top_k", "invalid_value"),
+        ({"top_k": 1.5}, "top_k", "invalid_type"),
+        ({"min_p": 1.1}, "min_p", "invalid_value"),
+        ({"min_p": "0"}, "min_p", "invalid_type"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty", "invalid_value"),
+        ({"presence_penalty": -2.1}, "presence_penalty", "invalid_value"),
+        ({"presence_penalty": "0"}, "presence_penalty", "invalid_type"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "invalid_value"),
+        ({"repetition_penalty": 10.1}, "repetition_penalty", "invalid_value"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"5": "1"}}, "logit_bias", "invalid_type"),
+        ({"logit_bias": {"five": 1}}, "logit_bias.five", "invalid_value"),
+        ({"logit_bias": {"05": 1, "5": 2}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {str(VOCAB_SIZE): 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {str(n): 0 for n in range(1025)}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": [1]}, "logit_bias", "invalid_type"),
+        ({"logprobs": 1}, "logprobs", "invalid_type"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
+        ({"logprobs": True, "top_logprobs": -1}, "top_logprobs", "invalid_value"),
+        ({"top_logprobs": 1}, "top_logprobs", "invalid_value"),
+        ({"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids", "invalid_value"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]", "invalid_value"),
+        ({"stop_token_ids": list(range(129))}, "stop_token_ids", "invalid_value"),
         ({"seed": 2**63}, "seed", "invalid_value"),
         ({"seed": 0.5}, "seed", "invalid_type"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "invalid_value"),
@@ -148,6 +161,14 @@ def test_wrong_values(shared: RunningGateway, change: dict[str, object], param: 
 )
 def test_wrong_prompts(shared: RunningGateway, prompt: object, param: str, code: str) -> None:
     assert refused(shared, TEXT, 400, code, json={"model": MODEL, "prompt": prompt})["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("value", "code"), [(6, "invalid_value"), (-1, "invalid_value"), (True, "invalid_type")]
+)
+def test_wrong_completion_logprobs(shared: RunningGateway, value: object, code: str) -> None:
+    body = {"model": MODEL, "prompt": "a", "logprobs": value}
+    assert refused(shared, TEXT, 400, code, json=body)["param"] == "logprobs"
 
 
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
