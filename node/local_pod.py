@@ -56,9 +56,10 @@ class LocalNode:
         return json.loads(done.stdout)
 
     def start(self, *arguments: str) -> None:
-        """Start a foreground command (`up` or `join`) on free loopback ports."""
+        """Start a foreground command (`up` or `join`) on free loopback ports; options of the caller win."""
+        command, *rest = arguments
         self.process = subprocess.Popen(  # noqa: S603 - our own program, fixed arguments
-            [sys.executable, "-m", "node", *arguments, *LOOPBACK, "--json"],
+            [sys.executable, "-m", "node", command, *LOOPBACK, *rest, "--json"],
             env=self.environment(),
             stdout=subprocess.PIPE,
             stderr=(self.home.parent / f"{self.member}.log").open("wb"),
