@@ -15,6 +15,7 @@ from node.engine.loaded import LoadedShard
 from node.engine.meter import Meter
 from node.engine.opening import Refusal, find_shard, packed_ids
 from node.engine.prefix_cache import scope_of
+from node.engine.sampling_edits import LogitEdits
 from node.engine.session import StageSession, max_num_tokens
 from node.engine.session_book import SessionBook
 from node.links.frames import ErrorCode, OpenSession
@@ -75,6 +76,7 @@ class Admission:
             scope=scope,
             num_cached_tokens=num_cached_tokens,
             number=self._book.next_number(),
+            edits=_edits(opening),
         )
 
     def _take_room(
@@ -112,3 +114,11 @@ class Admission:
             self._owed.pop(cache, None)
             return 0
         return num_blocks
+
+
+def _edits(opening: OpenSession) -> LogitEdits | None:
+    """Only the last stage picks tokens."""
+    is_last_stage = opening.stage_index == len(opening.route) - 1
+    if not is_last_stage or not LogitEdits.are_needed(opening.sampling):
+        return None
+    return LogitEdits(opening.sampling, opening.prompt_ids, opening.num_output_tokens_before)

@@ -162,7 +162,7 @@ class Engine:
         """A failing pass takes the sessions in it along, and nothing else."""
         started_s = time.perf_counter()
         try:
-            self._outputs.take(group, parts, run_layers(group, parts))
+            broken = self._outputs.take(group, parts, run_layers(group, parts))
         except Exception as error:
             log.exception("a step failed")
             reason = f"a step failed: {type(error).__name__}"
@@ -175,6 +175,8 @@ class Engine:
                 self._book.pause(session)
             elif session.waiting:
                 self._book.make_ready(session)
+        for session in broken:
+            self._endings.end(session, ErrorCode.INTERNAL, "the model produced NaN")
 
     def _drop_shard(self, model: bytes, start_layer: int, end_layer: int) -> LoadedShard | None:
         for loaded in self._shards:

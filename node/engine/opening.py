@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from node.engine.loaded import LoadedShard
 from node.engine.prefix_hashes import BLOCK_TOKENS, prefix_hashes
+from node.engine.sampling_limits import sampling_problem
 from node.engine.session import max_num_tokens
 from node.links.frames import ErrorCode, OpenSession
 from node.models.manifest import Manifest
@@ -60,20 +61,25 @@ def _check_request(opening: OpenSession, manifest: Manifest) -> None:
             ErrorCode.BAD_FRAME,
             f"{max_num_tokens(opening)} tokens do not fit the context of {manifest.max_context_tokens}",
         )
+    problem = sampling_problem(sampling, manifest.vocab_size)
+    if problem is not None:
+        raise Refusal(ErrorCode.BAD_FRAME, problem)
     _check_prompt(opening)
-    highest = max(max(opening.prompt_ids, default=0), max(sampling.eos_token_ids, default=0))
-    lowest = min(min(opening.prompt_ids, default=0), min(sampling.eos_token_ids, default=0))
-    if lowest < 0 or highest >= manifest.vocab_size:
+    ids = opening.prompt_ids
+    if ids and not 0 <= min(ids) <= max(ids) < manifest.vocab_size:
         raise Refusal(ErrorCode.BAD_FRAME, f"a token id is outside the vocabulary of {manifest.vocab_size}")
 
 
 def _check_prompt(opening: OpenSession) -> None:
     """The first stage has the ids, and with them can tell whether the hashes are theirs."""
     num_ids, index = len(opening.prompt_ids), opening.stage_index
-    may_be_without = index > 0
-    may_be_given = index in (0, len(opening.route) - 1)
+    is_last = index == len(opening.route) - 1
+    needs_it = is_last and opening.sampling.needs_prompt(opening.num_output_tokens_before)
+    may_be_without = index > 0 and not needs_it
+    may_be_given = index == 0 or is_last
     if not (num_ids == 0 and may_be_without) and not (num_ids == opening.num_prompt_tokens and may_be_given):
-        raise Refusal(ErrorCode.BAD_FRAME, "the first stage (and at most the last) is given the whole prompt")
+        message = "the first stage, and the last for penalties, and no other, is given the whole prompt"
+        raise Refusal(ErrorCode.BAD_FRAME, message)
     if not opening.prefix_hashes:
         return
     if len(opening.prefix_hashes) > opening.num_prompt_tokens // BLOCK_TOKENS:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -53,10 +53,11 @@ class Outbox:
         batch.rows.append(rows_TD)
 
     def add_token(self, head: bytes, first_stage: bytes | None, item: TokenItem) -> None:
-        """`first_stage` is None when the token goes no further than the head."""
+        """`first_stage` is None when the token goes no further than the head, as logprobs never do."""
         self._to_head[head].append(item)
         if first_stage is not None:
-            self._to_first[first_stage].append(item)
+            bare = item if item.logprob is None else replace(item, logprob=None, top_logprobs=())
+            self._to_first[first_stage].append(bare)
 
     def send(self) -> list[Lost]:
         """Everything gathered, once; what could not be sent comes back."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from node.engine.group import Group
 from node.engine.outbox import Outbox
-from node.engine.sampling import Draw, finish_reason, sample
+from node.engine.sampling import Draw, Pick, Sampler, finish_reason
 from node.engine.session import Slice, StageSession
 from node.links.frames import FinishReason, HiddenItem, Lane, TokenItem
 
@@ -24,12 +24,14 @@ class Outputs:
     def __init__(self, outbox: Outbox, feed: Feed) -> None:
         self._outbox = outbox
         self._feed = feed
+        self._sampler = Sampler()
 
-    def take(self, group: Group, parts: Sequence[Slice], hidden_TD: Tensor) -> None:
+    def take(self, group: Group, parts: Sequence[Slice], hidden_TD: Tensor) -> list[StageSession]:
+        """The sessions that got no token, because the model made nonsense for them."""
         if group.is_last:
-            self._sample(group, parts, hidden_TD)
-        else:
-            self._pass_on(parts, hidden_TD)
+            return self._sample(group, parts, hidden_TD)
+        self._pass_on(parts, hidden_TD)
+        return []
 
     def _pass_on(self, parts: Sequence[Slice], hidden_TD: Tensor) -> None:
         """Rows that go the same way stay together: mostly all decodes, then all chunks."""
@@ -46,7 +48,7 @@ class Outputs:
             row += part.num_tokens
         self._outbox.add_hidden(node, lane, items, hidden_TD[first:] if first else hidden_TD)
 
-    def _sample(self, group: Group, parts: Sequence[Slice], hidden_TD: Tensor) -> None:
+    def _sample(self, group: Group, parts: Sequence[Slice], hidden_TD: Tensor) -> list[StageSession]:
         """A token for each session whose prompt is complete; the others only filled their KV."""
         last_rows: list[int] = []
         sampled: list[Slice] = []
@@ -57,16 +59,24 @@ class Outputs:
                 sampled.append(part)
                 last_rows.append(row)
         if not sampled:
-            return
+            return []
         hidden_BD = hidden_TD if len(sampled) == len(hidden_TD) else hidden_TD[last_rows]
         draws = [_draw(part) for part in sampled]
         logits_BV = group.loaded.shard.logits(hidden_BD)
-        for part, draw, token_id in zip(sampled, draws, sample(logits_BV, draws), strict=True):
-            self._token_picked(part.session, draw, token_id)
+        broken: list[StageSession] = []
+        for part, draw, pick in zip(sampled, draws, self._sampler.sample(logits_BV, draws), strict=True):
+            if pick is None:
+                broken.append(part.session)
+            else:
+                self._token_picked(part.session, draw, pick)
+        return broken
 
-    def _token_picked(self, session: StageSession, draw: Draw, token_id: int) -> None:
+    def _token_picked(self, session: StageSession, draw: Draw, pick: Pick) -> None:
+        token_id = pick.token_id
         reason = finish_reason(token_id, draw)
-        item = TokenItem(session.id, draw.position, token_id, reason)
+        if session.edits is not None:
+            session.edits.add(token_id)
+        item = TokenItem(session.id, draw.position, token_id, reason, pick.logprob, pick.top_logprobs)
         goes_on = reason is FinishReason.NONE
         is_alone = session.is_first_stage
         self._outbox.add_token(session.head, session.next_node if goes_on and not is_alone else None, item)
@@ -78,7 +88,7 @@ class Outputs:
 def _draw(part: Slice) -> Draw:
     opening = part.session.opening
     num_own_prompt_tokens = opening.num_prompt_tokens - opening.num_output_tokens_before
-    return Draw(opening.sampling, part.end, part.end - num_own_prompt_tokens)
+    return Draw(opening.sampling, part.end, part.end - num_own_prompt_tokens, part.session.edits)
 
 
 def account(parts: Sequence[Slice], started_s: float) -> None:

@@ -128,12 +128,6 @@ class Sampler:
         return self._scratch
 
 
-def sample(logits_BV: Tensor, draws: Sequence[Draw]) -> list[int]:
-    """For callers that take ids only."""
-    picks = Sampler().sample(logits_BV, draws)
-    return [pick.token_id for pick in picks if pick is not None]
-
-
 def greedy_on_device(logits_BV: Tensor) -> list[Pick | None]:
     """Only two numbers per row leave the device. argmax does not say which of equals it takes there."""
     top_B1 = logits_BV.amax(dim=-1, keepdim=True)

@@ -16,6 +16,7 @@ from node.engine.group import Group
 from node.engine.kv_cache import BLOCK_TOKENS, BlockTable
 from node.engine.loaded import LoadedShard
 from node.engine.meter import Meter
+from node.engine.sampling_edits import LogitEdits
 from node.links.frames import OpenSession, Stage
 
 
@@ -72,6 +73,7 @@ class StageSession:
     num_steps: int = 0
     compute_s: float = 0.0
     queue_s: float = 0.0
+    edits: LogitEdits | None = None
     waiting: deque[Slice] = field(default_factory=deque)
     # What every step asks for, looked up once.
     id: bytes = field(init=False)

@@ -33,6 +33,7 @@ from node.links.frames import (
     StageTiming,
     StartSession,
     TokenBatch,
+    TokenItem,
 )
 from node.links.memory_links import MemoryHead, MemoryLinks, MemoryNetwork
 from node.models.package import ModelPackage
@@ -55,6 +56,7 @@ class Heard:
     """What the head heard of one session."""
 
     tokens: list[int] = field(default_factory=list)
+    items: list[TokenItem] = field(default_factory=list)
     finish_reason: FinishReason = FinishReason.NONE
     opened: set[int] = field(default_factory=set)
     cached: dict[int, int] = field(default_factory=dict)
@@ -162,7 +164,10 @@ class Ring:
         """Open at every stage; wait until all have answered."""
         heard = self.heard.setdefault(opening.session, Heard())
         for index, stage in enumerate(opening.route):
-            own = replace(opening, stage_index=index, prompt_ids=opening.prompt_ids if index == 0 else ())
+            is_last = index == len(opening.route) - 1
+            needs_ids = is_last and opening.sampling.needs_prompt(opening.num_output_tokens_before)
+            ids = opening.prompt_ids if index == 0 or needs_ids else ()
+            own = replace(opening, stage_index=index, prompt_ids=ids)
             self.head.send(stage.node, own)
         wait_until(lambda: len(heard.opened) == len(opening.route) or bool(heard.errors))
         return heard
@@ -236,6 +241,7 @@ class Ring:
                 case TokenBatch():
                     for item in frame.items:
                         self.heard[item.session].tokens.append(item.token_id)
+                        self.heard[item.session].items.append(item)
                         self.heard[item.session].finish_reason = item.finish_reason
                 case SessionOpened():
                     self.heard[frame.session].cached[frame.stage_index] = frame.num_cached_tokens
