@@ -52,6 +52,13 @@ def choose_dtype(name: str, device: torch.device, num_parameters: int, free_byte
     return torch.bfloat16
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """torch's CPU allocator raises plain RuntimeError; the text is all that tells."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 def set_num_threads(num_threads: int | None) -> None:
     """The environment wins over the configuration, both over torch's own choice (one per core)."""
     chosen = os.environ.get(THREADS_VARIABLE) or num_threads

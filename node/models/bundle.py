@@ -97,6 +97,13 @@ def check_config(config: PreTrainedConfig, source: Path) -> None:
             f"{source}: architecture {config.model_type!r} is not supported "
             f"(supported: {', '.join(SUPPORTED_MODEL_TYPES)})"
         )
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ModelError(
+            f"{source}: quantization {str(method)!r} of its config is not supported "
+            "(supported: GGUF files, or float weights with --quantize int4 or int8)"
+        )
     parameters = getattr(config, "rope_parameters", None) or {}
     # One set for the model, or one per layer type.
     per_layer_type = [value for value in parameters.values() if isinstance(value, dict)]

@@ -19,6 +19,12 @@ from node.models.errors import ModelError
 from node.models.tensors import EMBEDDING, FINAL_NORM, HEAD, TensorPlace
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+# What gguf can unpack. Q4_0, Q4_1 and Q8_0 need no unpacking (`quantization.py`).
+ENCODINGS = (
+    *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+    *("TQ1_0", "TQ2_0", "MXFP4"),
+)
 MAGIC = int.from_bytes(b"GGUF", "little")
 MAX_NUM_ENTRIES = 1 << 24
 MAX_NUM_DIMENSIONS = 4
@@ -192,6 +198,11 @@ class GgufFile:
             encoding = GGMLQuantizationType(kind)
         except ValueError as error:
             raise ModelError(f"{self._path}: {name} has the unknown quantization type {kind}") from error
+        if encoding.name not in ENCODINGS:
+            raise ModelError(
+                f"{self._path}: the quantization type {encoding.name} of {name} is not supported "
+                f"(supported: {', '.join(ENCODINGS)})"
+            )
         block_values, block_bytes = GGML_QUANT_SIZES[encoding]
         if shape[-1] % block_values:
             raise ValueError(f"{name} is not made of whole blocks")
