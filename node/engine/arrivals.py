@@ -117,7 +117,7 @@ class Arrivals:
         row: int,
         arrived_s: float,
     ) -> None:
-        if session.is_preempted:
+        if session.is_set_aside:
             return
         is_first = not session.has_begun
         try:
@@ -199,15 +199,16 @@ class Arrivals:
             self._endings.end(session, ErrorCode.DISPUTED_RECEIPT, str(dispute))
             return
         self._on_event(ReceiptHeld(session.id, receipt))
-        if session.is_paused and not session.is_preempted:
+        if session.is_paused and not session.is_set_aside:
             self._book.resume(session)
         self._endings.tell(session, ReceiptSigned(session.id, receipt))
 
     def link_down(self, peer: bytes, reason: str) -> None:
         message = f"a neighbour in the route is gone: {reason}"
         for session in list(self._book.sessions.values()):
-            if len(session.opening.route) > 1 and peer in (session.next_node, session.previous_node):
-                self._endings.end(session, ErrorCode.NEXT_HOP_UNREACHABLE, message)
+            is_cut = len(session.opening.route) > 1 and peer in (session.next_node, session.previous_node)
+            if is_cut and not session.is_set_aside:
+                self._endings.set_aside(session, ErrorCode.NEXT_HOP_UNREACHABLE, message)
 
     def head_down(self, head: bytes, reason: str) -> None:
         for session in list(self._book.sessions.values()):

@@ -1,6 +1,7 @@
 """How sessions end, and what their heads are told. KV is free at once; later frames find no session.
 
-A preempted session has lost its KV but is kept for a while: its head still signs for what it was given.
+A session that is preempted, or whose neighbour is lost, is kept without KV for a while: its head still signs
+for what it was given.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from node.links.port import LinkDown, LinkFull, StageLinks
 
 log = logging.getLogger(__name__)
 
-MAX_PREEMPTED_MS = 30_000
+MAX_SET_ASIDE_MS = 30_000
 
 
 class Endings:
@@ -45,23 +46,28 @@ class Endings:
 
     def end_overdue(self) -> None:
         for session in self._book.overdue(self._clock_ms()):
-            if session.is_preempted:
-                self.forget(session, "preempted")
+            if session.is_set_aside:
+                self.forget(session, "the head did not close it")
                 continue
             waited = "the session's deadline has passed"
             if not session.has_begun and session.deadline_ms < session.end_ms:
                 waited = "the session was not started in time"
             self.end(session, ErrorCode.DEADLINE, waited)
 
-    def preempted(self, session: StageSession) -> None:
-        """Its blocks went to others: the head replays it elsewhere or later."""
+    def set_aside(self, session: StageSession, code: ErrorCode, message: str) -> None:
+        """The head replays it elsewhere or later, and signs for what was done here."""
+        if not session.is_set_aside:
+            session.set_aside()
         self._book.quiet(session)
-        deadline_ms = min(session.end_ms, self._clock_ms() + MAX_PREEMPTED_MS)
+        deadline_ms = min(session.end_ms, self._clock_ms() + MAX_SET_ASIDE_MS)
         self._book.set_deadline(session, deadline_ms)
-        message = "its KV room was needed for older sessions"
-        self.tell(
-            session, SessionError(session.id, session.opening.stage_index, ErrorCode.PREEMPTED, message)
-        )
+        self.tell(session, SessionError(session.id, session.opening.stage_index, code, message))
+
+    def set_aside_all(self, sessions: Iterable[bytes], code: ErrorCode, message: str) -> None:
+        for session_id in sessions:
+            session = self._book.sessions.get(session_id)
+            if session is not None and not session.is_set_aside:
+                self.set_aside(session, code, message)
 
     def forget(self, session: StageSession, reason: str) -> None:
         """`reason` is empty when the head closed it."""

@@ -150,12 +150,12 @@ class Engine:
             del book.ready[part.session]
         preempted = make_room(batch, book.sessions.values())
         for session in preempted:
-            self._endings.preempted(session)
-        runnable = [part for part in batch if not part.session.is_preempted] if preempted else batch
+            self._endings.set_aside(session, ErrorCode.PREEMPTED, "its KV room went to older sessions")
+        runnable = [part for part in batch if not part.session.is_set_aside] if preempted else batch
         for group, parts in _by_group(runnable).items():
             self._run(group, parts)
         for lost in self._outbox.send():
-            self._endings.end_all(lost.sessions, ErrorCode.NEXT_HOP_UNREACHABLE, lost.reason)
+            self._endings.set_aside_all(lost.sessions, ErrorCode.NEXT_HOP_UNREACHABLE, lost.reason)
         return bool(batch)
 
     def _run(self, group: Group, parts: Sequence[Slice]) -> None:

@@ -20,10 +20,9 @@ def make_room(batch: Iterable[Slice], sessions: Collection[StageSession]) -> lis
         if part.end <= session.table.num_tokens:
             continue
         cache = session.loaded.cache
-        while not session.is_preempted and not cache.grow(session.table, part.end):
+        while not session.is_set_aside and not cache.grow(session.table, part.end):
             victim = max((s for s in sessions if s.loaded is session.loaded and s.table.blocks), key=_rank)
-            victim.is_preempted = True
-            cache.close(victim.table)
+            victim.set_aside()
             preempted.append(victim)
     return preempted
 

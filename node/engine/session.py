@@ -49,7 +49,7 @@ class StageSession:
     """Over at `end_ms`, and at `deadline_ms` unless something happens; `prompt_ids` until the start.
 
     `number` tells younger sessions (higher) from older ones. `num_cached_tokens` rows of KV were here when it
-    opened. `is_paused`: its head has to sign first. `is_preempted`: it lost its KV and waits to be closed.
+    opened. `is_paused`: its head has to sign first. `is_set_aside`: it has no KV and waits to be closed.
     """
 
     opening: OpenSession
@@ -69,7 +69,7 @@ class StageSession:
     is_decoding: bool = False
     is_paused: bool = False
     is_finished: bool = False
-    is_preempted: bool = False
+    is_set_aside: bool = False
     num_steps: int = 0
     compute_s: float = 0.0
     queue_s: float = 0.0
@@ -143,6 +143,11 @@ class StageSession:
             Slice(self, first.position + num_tokens, rest, source, row + num_tokens, arrived_s)
         )
         return Slice(self, first.position, num_tokens, source, row, arrived_s)
+
+    def set_aside(self) -> None:
+        """Nothing more is computed, and its KV is free; what it did so far can still be signed for."""
+        self.is_set_aside = True
+        self.loaded.cache.close(self.table)
 
     def cache_prompt_blocks(self, end: int) -> None:
         """The rows before `end` are in the KV: full blocks of the prompt may be found by later sessions."""

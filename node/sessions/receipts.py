@@ -6,6 +6,7 @@ Pure but for the signature: it neither sends nor stores. Every stage gets a cumu
 
 from __future__ import annotations
 
+from ledger.rate_card import price
 from ledger.receipt import (
     Receipt,
     ReceiptError,
@@ -27,6 +28,7 @@ class SessionReceipts:
     def __init__(self, pod: bytes, terms: SessionTerms, sign: Sign) -> None:
         self._pod = pod
         self._terms = terms
+        self._num_cached_tokens = 0
         self._sign = sign
         self._sequence = 0
         self._num_signed_tokens = 0
@@ -36,6 +38,14 @@ class SessionReceipts:
     @property
     def num_signed_tokens(self) -> int:
         return self._num_signed_tokens
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return self._num_cached_tokens
+
+    def begin(self, num_cached_tokens: int) -> None:
+        """So much of the prompt was in the caches of all stages; of one that is not charged for, nothing."""
+        self._num_cached_tokens = min(num_cached_tokens, self._terms.num_charged_prompt_tokens)
 
     def is_due(self, num_output_tokens: int) -> bool:
         return num_output_tokens - self._num_signed_tokens >= SIGN_EVERY_NUM_TOKENS
@@ -49,6 +59,8 @@ class SessionReceipts:
     def _sign_one(self, stage_index: int, num_output_tokens: int) -> SignReceipt:
         terms = self._terms
         stage = terms.route[stage_index]
+        num_parameters = terms.manifest.stage_num_parameters(stage.start_layer, stage.end_layer)
+        counts = terms.num_charged_prompt_tokens, self._num_cached_tokens, num_output_tokens
         receipt = Receipt(
             pod=self._pod,
             session=terms.session,
@@ -60,13 +72,13 @@ class SessionReceipts:
             model=terms.model,
             start_layer=stage.start_layer,
             end_layer=stage.end_layer,
-            num_parameters=terms.manifest.stage_num_parameters(stage.start_layer, stage.end_layer),
+            num_parameters=num_parameters,
             rate_card_version=terms.rate_card.version,
             sequence=self._sequence,
-            num_prompt_tokens=len(terms.prompt_ids),
-            num_cached_tokens=0,
-            num_output_tokens=num_output_tokens,
-            amount_microcredits=terms.stage_price(stage, num_output_tokens),
+            num_prompt_tokens=counts[0],
+            num_cached_tokens=counts[1],
+            num_output_tokens=counts[2],
+            amount_microcredits=price(terms.rate_card, num_parameters, *counts),
         )
         assert receipt.amount_microcredits == expected_amount(receipt, terms.rate_card)
         self._pending[stage_index] = receipt

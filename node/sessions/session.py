@@ -1,162 +1,106 @@
-"""A running session at its head: tokens as they come, receipts as they fall due, one ending.
+"""A request as its gateway sees it: tokens as they come, one ending, whatever happens to the stages.
 
-Keeps the terms and every token so far: what a replay over another route would need. Opening and the books are
-`head.py`'s business.
+Keeps every token so far. When an attempt is preempted or a stage is lost, the next one replays them: the
+client sees a pause. Opening attempts and the books are `head.py`'s business.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
-from ledger.receipt import SignedReceipt
-from node.gateway.backend import GeneratedToken, GenerationFailed, Usage
-from node.links.frames import (
-    CloseSession,
-    FinishReason,
-    ReceiptSigned,
-    SessionError,
-    StageTiming,
-    TokenBatch,
-    TokenItem,
-)
-from node.links.head_links import HeadLinks
-from node.links.port import LinkDown, LinkFull
-from node.links.subscriptions import Event, LinkLost, Received, Subscription
-from node.sessions.receipts import SessionReceipts
-from node.sessions.terms import SessionTerms
+from node.gateway.backend import GeneratedToken, GenerationFailed, NoRoute, Usage
+from node.links.frames import ErrorCode, StageTiming
+from node.sessions.attempt import Attempt, AttemptLost
 
-# Liveness pings end a frozen or dead stage within seconds; this is the bound for one that lives but is stuck.
-STALL_TIMEOUT_S = 120.0
-CO_SIGN_TIMEOUT_S = 3.0
+# How often one request may lose a stage. Preemptions are bounded by the deadline alone.
+MAX_NUM_FAILOVERS = 4
+_FAILOVER = frozenset({ErrorCode.NEXT_HOP_UNREACHABLE, ErrorCode.SHUTTING_DOWN})
 
-End = Callable[["HeadSession", int], Awaitable[Usage]]
+Replay = Callable[[tuple[int, ...], bytes | None], Awaitable[Attempt]]
+"""`replay(token_ids, suspect)`: another attempt, after these tokens and without that node. Raises NoRoute."""
+
+End = Callable[[Attempt, int, bool], "asyncio.Future[Usage]"]
+"""`end(attempt, num_output_tokens, failed)`: settle or void it; goes on by itself even if nobody waits."""
 
 
 class HeadSession:
     """`tokens` once, `settle` once; whatever is cancelled, `settle` ends the session at every stage."""
 
-    def __init__(
-        self,
-        terms: SessionTerms,
-        links: HeadLinks,
-        subscription: Subscription,
-        receipts: SessionReceipts,
-        end: End,
-    ) -> None:
-        self.terms = terms
+    def __init__(self, attempt: Attempt, replay: Replay, end: End, on_end: Callable[[], None]) -> None:
+        """`terms` are the first attempt's, for good."""
+        self.terms = attempt.terms
         self.token_ids: list[int] = []
-        self.timings: dict[int, StageTiming] = {}
         self.failed = False
+        self.num_attempts = 1
         self.began_s = time.monotonic()
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
-        self._links = links
-        self._subscription = subscription
-        self._receipts = receipts
+        self._attempt: Attempt | None = attempt
+        self._last_attempt = attempt
+        self._replay = replay
         self._end = end
-        self._finished = False
-
-    async def tokens(self) -> AsyncGenerator[GeneratedToken, None]:
-        """Until a finish reason. Raises GenerationFailed when a stage or a link gives out."""
-        while not self._finished:
-            try:
-                async with asyncio.timeout(STALL_TIMEOUT_S):
-                    event = await self._subscription.next()
-            except TimeoutError:
-                raise self._failure(f"no token came for {STALL_TIMEOUT_S:.0f} s") from None
-            for token in self._take(event):
-                yield token
-
-    def _take(self, event: Event) -> list[GeneratedToken]:
-        """What one event brings: tokens from the last stage only, errors from any stage of the route."""
-        route = self.terms.route
-        match event:
-            case Received(node=node, frame=TokenBatch(items=items)) if node == route[-1].node:
-                return [self._take_token(item) for item in items]
-            case Received(node=node, frame=SessionError(message=message)) if self._is_on_route(node):
-                raise self._failure(f"the stage {self._stage_text(node)} gave up: {message}")
-            case LinkLost(node=node, reason=reason) if self._is_on_route(node):
-                raise self._failure(f"the stage {self._stage_text(node)} is gone: {reason}")
-            case _:
-                self._note(event)
-                return []
-
-    def _is_on_route(self, node: bytes) -> bool:
-        return any(stage.node == node for stage in self.terms.route)
-
-    def _stage_text(self, node: bytes) -> str:
-        return ",".join(f"[{s.start_layer}:{s.end_layer})" for s in self.terms.route if s.node == node)
-
-    def _failure(self, message: str) -> GenerationFailed:
-        self.failed = True
-        return GenerationFailed(message)
-
-    def _take_token(self, item: TokenItem) -> GeneratedToken:
-        if self._finished:
-            raise self._failure("a token came after the last one")
-        expected = len(self.terms.prompt_ids) + len(self.token_ids)
-        if item.position != expected:
-            raise self._failure(f"a token for position {item.position} came, {expected} was due")
-        now_s = time.monotonic()
-        self.first_token_s = self.first_token_s or now_s
-        self.last_token_s = now_s
-        self.token_ids.append(item.token_id)
-        finish_reason = item.finish_reason
-        if len(self.token_ids) == self.terms.sampling.max_num_output_tokens:
-            # Whatever the stage means: past the limit nothing is signed, for the hold covers no more.
-            finish_reason = finish_reason or FinishReason.LENGTH
-        self._finished = finish_reason is not FinishReason.NONE
-        if self._receipts.is_due(len(self.token_ids)) and not self._finished:
-            self._send_receipts(len(self.token_ids))
-        return GeneratedToken(item.token_id, finish_reason)
-
-    def _note(self, event: Event) -> None:
-        match event:
-            case Received(frame=ReceiptSigned(receipt=receipt)):
-                self._receipts.accept(receipt)
-            case Received(frame=StageTiming() as timing):
-                self.timings[timing.stage_index] = timing
-            case _:
-                pass
-
-    def _send_receipts(self, num_output_tokens: int) -> None:
-        for stage, frame in zip(self.terms.route, self._receipts.sign(num_output_tokens), strict=True):
-            with contextlib.suppress(LinkDown, LinkFull):
-                self._links.send(stage.node, frame)
-
-    async def collect_receipts(self, num_output_tokens: int) -> tuple[SignedReceipt, ...]:
-        """Sign this many, close every stage, and wait a little for their signatures.
-
-        A stage that is gone or gave up is settled at what it signed last; it can claim the rest itself.
-        """
-        self._send_receipts(num_output_tokens)
-        for stage in self.terms.route:
-            with contextlib.suppress(LinkDown, LinkFull):
-                self._links.send(stage.node, CloseSession(self.terms.session))
-        waiting_for = {stage.node: index for index, stage in enumerate(self.terms.route)}
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CO_SIGN_TIMEOUT_S):
-                while waiting_for:
-                    event = await self._subscription.next()
-                    self._note(event)
-                    index = waiting_for.get(event.node)
-                    if index is not None and (_is_last(event) or self._receipts.is_co_signed(index)):
-                        del waiting_for[event.node]
-        return self._receipts.co_signed()
-
-    async def settle(self, num_output_tokens: int) -> Usage:
-        """End the session: settled at `num_output_tokens` or what is signed; voided at 0 or if it failed."""
-        return await self._end(self, min(num_output_tokens, len(self.token_ids)))
+        self._on_end = on_end
+        self._num_failovers = 0
+        self._num_tokens_before = 0
+        self._earlier: list[asyncio.Future[Usage]] = []
 
     @property
-    def num_signed_tokens(self) -> int:
-        return self._receipts.num_signed_tokens
+    def timings(self) -> dict[int, StageTiming]:
+        """Of the last attempt, by stage index, as far as they have come."""
+        return self._last_attempt.timings
 
-    def release(self) -> None:
-        self._subscription.close()
+    async def tokens(self) -> AsyncGenerator[GeneratedToken, None]:
+        """Until a finish reason. Raises GenerationFailed when a stage gives out and no other takes over."""
+        while self._attempt is not None and not self._attempt.is_finished:
+            try:
+                tokens = await self._attempt.next_tokens()
+            except AttemptLost as lost:
+                await self._go_on(self._attempt, lost)
+                continue
+            if tokens:
+                self.last_token_s = time.monotonic()
+                self.first_token_s = self.first_token_s or self.last_token_s
+                self.token_ids += [token.token_id for token in tokens]
+            for token in tokens:
+                yield token
+
+    async def _go_on(self, attempt: Attempt, lost: AttemptLost) -> None:
+        """End the attempt at what it gave, and open another for the rest."""
+        if lost.code is not ErrorCode.PREEMPTED:
+            self._num_failovers += 1
+            if lost.code not in _FAILOVER or self._num_failovers > MAX_NUM_FAILOVERS:
+                self.failed = True
+                raise GenerationFailed(str(lost)) from None
+        self._attempt = None
+        self._earlier.append(self._end(attempt, attempt.num_tokens, False))
+        self._num_tokens_before = len(self.token_ids)
+        self.num_attempts += 1
+        try:
+            self._attempt = await self._replay(tuple(self.token_ids), lost.suspect)
+        except NoRoute as problem:
+            self.failed = True
+            raise GenerationFailed(f"{lost}; {problem}") from None
+        self._last_attempt = self._attempt
+
+    async def settle(self, num_output_tokens: int) -> Usage:
+        """End the session: settled at `num_output_tokens` or what is signed; voided at 0 or if it failed.
+
+        What earlier attempts gave is settled already: only the last is shortened or voided.
+        """
+        num_left = min(num_output_tokens, len(self.token_ids)) - self._num_tokens_before
+        endings = list(self._earlier)
+        if self._attempt is not None:
+            endings.append(self._end(self._attempt, max(0, num_left), self.failed))
+            self._attempt = None
+        self._on_end()
+        usages = await asyncio.gather(*(asyncio.shield(ending) for ending in endings))
+        return Usage(
+            sum(usage.num_prompt_tokens for usage in usages),
+            sum(usage.num_cached_tokens for usage in usages),
+            sum(usage.num_output_tokens for usage in usages),
+        )
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -164,8 +108,3 @@ class HeadSession:
         if self.first_token_s is None or self.last_token_s is None or len(self.token_ids) < 2:
             return None
         return (len(self.token_ids) - 1) / max(self.last_token_s - self.first_token_s, 1e-9)
-
-
-def _is_last(event: Event) -> bool:
-    """Whether this stage will say nothing more of the session."""
-    return isinstance(event, LinkLost) or isinstance(event.frame, SessionError)

@@ -14,7 +14,11 @@ from node.models.manifest import Manifest
 
 @dataclass(frozen=True, slots=True)
 class SessionTerms:
-    """`deadline_ms` is wall-clock: after it every stage may forget the session and the hold expires."""
+    """`deadline_ms` is wall-clock: after it every stage may forget the session and the hold expires.
+
+    Of a replay, the last `num_output_tokens_before` prompt ids are output of earlier attempts. Those were
+    paid for with the prompt: this one charges only for what is new.
+    """
 
     session: bytes
     head: bytes
@@ -27,23 +31,34 @@ class SessionTerms:
     sampling: Sampling
     rate_card: RateCard
     deadline_ms: int
+    num_output_tokens_before: int = 0
+    prefix_hashes: tuple[bytes, ...] = ()
 
-    def stage_price(self, stage: Stage, num_output_tokens: int) -> int:
-        """Microcredits that `stage` earns for the prompt and `num_output_tokens`."""
-        num_parameters = self.manifest.stage_num_parameters(stage.start_layer, stage.end_layer)
-        return price(self.rate_card, num_parameters, len(self.prompt_ids), 0, num_output_tokens)
+    @property
+    def is_replay(self) -> bool:
+        return self.num_output_tokens_before > 0
+
+    @property
+    def max_num_new_tokens(self) -> int:
+        return self.sampling.max_num_output_tokens - self.num_output_tokens_before
+
+    @property
+    def num_charged_prompt_tokens(self) -> int:
+        return 0 if self.is_replay else len(self.prompt_ids)
 
     def worst_case_microcredits(self) -> int:
         """The price if every allowed output token is made, over any route; above 0 for the smallest model."""
         num_layers = self.manifest.num_layers
         num_parameters = self.manifest.stage_num_parameters(0, num_layers)
-        num_output_tokens = self.sampling.max_num_output_tokens
-        whole = price(self.rate_card, num_parameters, len(self.prompt_ids), 0, num_output_tokens)
+        num_prompt_tokens = self.num_charged_prompt_tokens
+        whole = price(self.rate_card, num_parameters, num_prompt_tokens, 0, self.max_num_new_tokens)
         # Each of at most `num_layers` stages is rounded by less than one microcredit.
         return whole + num_layers
 
     def open_frame(self, stage_index: int) -> OpenSession:
-        """Prompt ids go to the first stage only, and only here."""
+        """Prompt ids go to the first stage, only here, and to the last if it must know them to sample."""
+        is_last = stage_index == len(self.route) - 1
+        last_needs_ids = is_last and self.sampling.needs_prompt(self.num_output_tokens_before)
         return OpenSession(
             session=self.session,
             model=self.model,
@@ -57,5 +72,7 @@ class SessionTerms:
             sampling=self.sampling,
             deadline_ms=self.deadline_ms,
             rate_card_version=self.rate_card.version,
-            prompt_ids=self.prompt_ids if stage_index == 0 else (),
+            num_output_tokens_before=self.num_output_tokens_before,
+            prompt_ids=self.prompt_ids if stage_index == 0 or last_needs_ids else (),
+            prefix_hashes=self.prefix_hashes,
         )

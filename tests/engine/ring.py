@@ -70,7 +70,7 @@ class Heard:
 
 
 class Ring:
-    """`cuts` are the layers where the model is split: () is whole. The first key is the head's."""
+    """`cuts` are the layers where the model is split: () is whole. Spares are for the last stage."""
 
     def __init__(
         self,
@@ -80,6 +80,7 @@ class Ring:
         limits: StepLimits | None = None,
         clock_ms: Callable[[], int] | None = None,
         caches_prefixes: bool = False,
+        num_spares: int = 0,
     ) -> None:
         self.package = package
         self.caches_prefixes = caches_prefixes
@@ -98,6 +99,11 @@ class Ring:
             self._add_engine(key, start, end, kv_tokens, limits, clock_ms)
             stages.append(Stage(key.public, "memory:0", start, end))
         self.route = tuple(stages)
+        self.spare_nodes: list[bytes] = []
+        for number in range(num_spares):
+            key = KeyPair.of_seed(bytes([100 + number]) * 32)
+            self._add_engine(key, bounds[-2], bounds[-1], kv_tokens, limits, clock_ms)
+            self.spare_nodes.append(key.public)
         self.head = MemoryHead(self.network, self.head_key.public, self._on_frame, lambda *_: None)
         for stage in self.route:
             self.head.connect(stage.node)

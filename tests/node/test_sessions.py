@@ -13,7 +13,7 @@ from ledger.rate_card import DEFAULT_RATE_CARD
 from ledger.session_record import SessionState
 from node.gateway.backend import GenerationFailed, NoRoute
 from node.links.frames import ErrorCode, FinishReason, SessionError, SignReceipt
-from node.sessions import session as session_module
+from node.sessions import attempt as attempt_module
 from node.sessions.authorization import Authorize
 from node.sessions.session import HeadSession
 from tests.ledger.world import KEY_SHOWN, raws
@@ -193,7 +193,7 @@ async def test_less_delivered_than_signed_is_settled_as_signed(pod: Pod) -> None
 
 
 async def test_a_stage_that_gave_up_is_not_waited_for(pod: Pod, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "CO_SIGN_TIMEOUT_S", 3600.0)
+    monkeypatch.setattr(attempt_module, "CO_SIGN_TIMEOUT_S", 3600.0)
     pod.first.co_signs = False
     session = await pod.head.open(pod.request(), DEFAULT_RATE_CARD)
     await read(session)
