@@ -122,6 +122,7 @@ class Attempt:
         if item.position != expected:
             message = f"a token for position {item.position} came, {expected} was due"
             raise AttemptLost(ErrorCode.BAD_FRAME, message)
+        self._check_logprobs(item)
         self.num_tokens += 1
         finish_reason = item.finish_reason
         if self.num_tokens == terms.max_num_new_tokens:
@@ -130,7 +131,6 @@ class Attempt:
         self.is_finished = finish_reason is not FinishReason.NONE
         if self._receipts.is_due(self.num_tokens) and not self.is_finished:
             self._send_receipts(self.num_tokens)
-        self._check_logprobs(item)
         return GeneratedToken(item.token_id, finish_reason, item.logprob, item.top_logprobs)
 
     def _check_logprobs(self, item: TokenItem) -> None:
