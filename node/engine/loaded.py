@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from node.engine.kv_cache import KvCache
-from node.engine.shard import Shard
+from node.engine.runner import Runner
 from node.models.manifest import Manifest
 
 
@@ -13,7 +13,7 @@ from node.models.manifest import Manifest
 class LoadedShard:
     model: bytes
     manifest: Manifest
-    shard: Shard
+    shard: Runner
     cache: KvCache
     num_weight_bytes: int
     num_kv_bytes: int

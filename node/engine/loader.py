@@ -43,7 +43,7 @@ class WeightSink(Protocol):
     """
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def weight_dtype(self) -> torch.dtype: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -101,7 +101,8 @@ def fill(
     try:
         shapes = dict(sink.parameter_shapes())
         places = _own_places(shapes, weights)
-        needed = sum(num_bytes_of(place, max_num_bits, sink.dtype.itemsize) for place in places.values())
+        float_bytes = sink.weight_dtype.itemsize
+        needed = sum(num_bytes_of(place, max_num_bits, float_bytes) for place in places.values())
         check_room(model_name, needed, max_num_bytes)
         for name, value in _read_all(shapes, weights, config, sink, max_num_bits, progress):
             if isinstance(value, PackedWeight):
@@ -172,7 +173,7 @@ def _read_all(
         num_bits = num_bits_of(place, max_num_bits)
         value = _read(place, weights, config, num_bits)
         if not isinstance(value, PackedWeight):
-            value = value.to(dtype=sink.dtype, device=sink.device)
+            value = value.to(dtype=sink.weight_dtype, device=sink.device)
         _check_finite(value, place)
         embedding = value if place.name == EMBEDDING else embedding
         done_bytes += place.size_bytes
@@ -206,22 +207,10 @@ def _floats_of_safetensors(raw: np.ndarray, place: TensorPlace) -> Tensor:
 
 
 def _dequantize(raw: np.ndarray, place: TensorPlace) -> Tensor:
-    encoding = gguf.GGMLQuantizationType[place.encoding]
-    try:
-        values = gguf.quants.dequantize(raw.reshape(*place.shape[:-1], -1), encoding)
-    except NotImplementedError as error:
-        raise ModelError(
-            f"{place.path}: quantization {place.encoding} of {place.name} is not supported "
-            f"(supported: {', '.join(_gguf_encodings())})"
-        ) from error
+    blocks = raw.reshape(*place.shape[:-1], -1)
+    values = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[place.encoding])
     # Writable: values that need no unpacking would be the mapped file itself.
     return torch.from_numpy(np.require(values, np.float32, ["C", "W"])).reshape(place.shape)
-
-
-def _gguf_encodings() -> list[str]:
-    """What gguf can unpack."""
-    floats = [gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16]
-    return [kind.name for kind in (*floats, *gguf.quants._type_traits)]
 
 
 def _check_finite(value: Tensor | PackedWeight, place: TensorPlace) -> None:

@@ -24,6 +24,7 @@ from ledger.rate_card import RateCard, RateCardError
 from node.engine.device import (
     choose_device,
     default_memory_bytes,
+    is_out_of_memory,
     measure_bytes_per_second,
     set_num_threads,
 )
@@ -53,6 +54,7 @@ from node.engine.messages import (
     encode,
     read_length,
 )
+from node.engine.native.build import COMPILE_TIMEOUT_S, kernels_or_none
 from node.engine.provision import provision
 from node.engine.weight_plan import plan_weights
 from node.errors import UserError
@@ -128,6 +130,9 @@ class EngineProcess:
             # The node process starts a new one; a live process with a dead loop would keep all waiting.
             on_crash=lambda: end_process(1),
         )
+        self._kernels = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-kernels").submit(
+            kernels_or_none
+        )
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-load")
 
     def run(self) -> None:
@@ -170,9 +175,11 @@ class EngineProcess:
             self._pipe.send(run(command))
         except (UserError, RateCardError) as error:
             self._pipe.send(Failed(command.request, str(error)))
-        except (MemoryError, torch.OutOfMemoryError):
-            self._pipe.send(Failed(command.request, f"out of memory on {self._device}"))
         except Exception as error:
+            if is_out_of_memory(error):
+                line = f"out of memory on {self._device}; the node goes on without"
+                self._pipe.send(Failed(command.request, line))
+                return
             log.exception("a command failed")
             self._pipe.send(Failed(command.request, f"the engine failed: {type(error).__name__}: {error}"))
 
@@ -197,6 +204,7 @@ class EngineProcess:
             progress=self._progress_of(order.request),
             max_num_weight_bytes=plan.num_bytes,
             max_num_bits=plan.max_num_bits,
+            kernels=self._kernels.result(COMPILE_TIMEOUT_S),
         )
         self._used_bytes += _used_by(loaded)
         self._engine.add_shard(loaded)

@@ -15,8 +15,9 @@ import torch
 from node.engine.attention import PagedStep, Span
 from node.engine.kv_cache import BLOCK_TOKENS, KvCache
 from node.engine.loaded import LoadedShard
-from node.engine.loader import Progress, load_shard
-from node.engine.shard import Shard
+from node.engine.loader import Progress, fill, read_config
+from node.engine.native.abi import Kernels
+from node.engine.runner import Runner, make_runner
 from node.models.errors import ModelError
 from node.models.manifest import Manifest
 
@@ -37,42 +38,35 @@ def provision(
     progress: Progress,
     max_num_weight_bytes: int | None = None,
     max_num_bits: int | None = None,
+    kernels: Kernels | None = None,
 ) -> LoadedShard:
     """Raises ModelError: damaged or foreign files, layers that are not there, no room for KV."""
     if not 0 <= start_layer < end_layer <= manifest.num_layers:
         layers = f"[{start_layer},{end_layer})"
         raise ModelError(f"{manifest.name} has {manifest.num_layers} layers, {layers} are not among them")
-    block_bytes = _block_bytes(manifest, start_layer, end_layer, dtype)
+    config = read_config(manifest, model_dir)
+    is_packed = max_num_bits is not None
+    runner = make_runner(config, start_layer, end_layer, dtype, is_packed, device, kernels)
+    block_bytes = _block_bytes(manifest, start_layer, end_layer, runner.cache_dtype)
     num_blocks = _num_blocks(manifest, block_bytes, max_num_kv_bytes)
-    shard, _ = load_shard(
-        manifest,
-        model_dir,
-        paths,
-        start_layer,
-        end_layer,
-        dtype,
-        device,
-        progress,
-        max_num_weight_bytes,
-        max_num_bits,
-    )
-    values_per_head = 2 * shard.head_dim
+    fill(runner, config, manifest.name, paths, max_num_bits, progress, max_num_weight_bytes)
+    runner.release_others()
     cache = KvCache(
         start_layer,
         end_layer,
         num_blocks,
-        manifest.num_kv_values_per_token_per_layer // values_per_head,
-        shard.head_dim,
-        dtype,
+        manifest.num_kv_values_per_token_per_layer // (2 * runner.head_dim),
+        runner.head_dim,
+        runner.cache_dtype,
         device,
     )
-    decode_us, prefill_us = _measure(shard, cache, manifest.hidden_size)
+    decode_us, prefill_us = _measure(runner, cache, manifest.hidden_size)
     return LoadedShard(
         model=manifest.model_id,
         manifest=manifest,
-        shard=shard,
+        shard=runner,
         cache=cache,
-        num_weight_bytes=shard.num_weight_bytes,
+        num_weight_bytes=runner.num_weight_bytes,
         num_kv_bytes=num_blocks * block_bytes,
         decode_us_per_layer=decode_us,
         prefill_us_per_layer_per_token=prefill_us,
@@ -96,7 +90,7 @@ def _num_blocks(manifest: Manifest, block_bytes: int, max_num_kv_bytes: int) -> 
     return num_blocks
 
 
-def _measure(shard: Shard, cache: KvCache, hidden_size: int) -> tuple[int, int]:
+def _measure(shard: Runner, cache: KvCache, hidden_size: int) -> tuple[int, int]:
     """Microseconds of one layer for one decode row, and per row of a prefill chunk."""
     num_tokens = min(_PROBE_CHUNK_TOKENS, cache.num_tokens)
     return (
@@ -106,7 +100,7 @@ def _measure(shard: Shard, cache: KvCache, hidden_size: int) -> tuple[int, int]:
 
 
 @torch.inference_mode()
-def _seconds_per_layer(shard: Shard, cache: KvCache, hidden_size: int, num_tokens: int) -> float:
+def _seconds_per_layer(shard: Runner, cache: KvCache, hidden_size: int, num_tokens: int) -> float:
     """Median over a few layers, the first run (which warms up) left out."""
     table = cache.open(num_tokens)
     rows = torch.zeros(num_tokens, hidden_size, dtype=shard.dtype, device=shard.device)

@@ -52,6 +52,14 @@ class Shard:
         _materialise_buffers(model, [self._rotary, *self._layers, self._embedding], device)
 
     @property
+    def weight_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    @property
     def head_dim(self) -> int:
         head_dim = self._layers[0].self_attn.head_dim
         assert isinstance(head_dim, int)
