@@ -42,16 +42,16 @@ class LocalPod:
         options = {"max_retries": 0, "timeout": 120.0} | options
         return OpenAI(base_url=f"{self.nodes[index].api_url}/v1", api_key=key or self.key, **options)
 
-    def model_row(self, index: int) -> Any:
+    def model_row(self, index: int, name: str = MODEL) -> Any:
         status = self.nodes[index].pod("status")
-        return next((row for row in status["models"] if row["name"] == MODEL), None)
+        return next((row for row in status["models"] if row["name"] == name), None)
 
-    def wait_ready(self, index: int, num_stages: int = 3) -> None:
+    def wait_ready(self, index: int, num_stages: int = 3, name: str = MODEL) -> None:
         def is_ready() -> bool:
-            row = self.model_row(index)
+            row = self.model_row(index, name)
             return row is not None and row["state"] == "ready" and row["num_stages"] >= num_stages
 
-        wait_until(f"{MODEL} ready at node {index}", is_ready, READY_TIMEOUT_S, 0.3)
+        wait_until(f"{name} ready at node {index}", is_ready, READY_TIMEOUT_S, 0.3)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -29,13 +30,23 @@ PROMPTS = (
 )
 
 
-def test_five_prompts_give_the_tokens_of_transformers(pod: LocalPod, packages: Path) -> None:
+@pytest.fixture(scope="module")
+def floats(pod: LocalPod) -> Iterator[str]:
+    """The same file once more, unpacked: packed weights are computed with in another order."""
+    name = "smollm2-float32"
+    pod.nodes[0].pod("model", "add", MODEL, "--dtype", "float32", "--split", "3", "--name", name)
+    pod.wait_ready(1, name=name)
+    yield name
+    pod.nodes[0].pod("model", "rm", name)
+
+
+def test_five_prompts_give_the_tokens_of_transformers(pod: LocalPod, packages: Path, floats: str) -> None:
     """Greedy, float32, 64 tokens. The reference dequantizes the same file by transformers' own means."""
     tokenizer = ChatTokenizer(build_package(MODEL, "auto", packages).directory)
     model = dequantized_by_transformers(resolve(MODEL).weights[0])
     prompts_ids = [tokenizer.encode(prompt) for prompt in PROMPTS]
     with ThreadPoolExecutor(len(PROMPTS)) as executor:
-        answers = list(executor.map(lambda ids: _ask(pod, ids), prompts_ids))
+        answers = list(executor.map(lambda ids: _ask(pod, floats, ids), prompts_ids))
     for prompt_ids, answer in zip(prompts_ids, answers, strict=True):
         reference = model.generate(
             torch.tensor([prompt_ids]), do_sample=False, max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS
@@ -43,10 +54,10 @@ def test_five_prompts_give_the_tokens_of_transformers(pod: LocalPod, packages: P
         assert answer == tokenizer.decode(reference[0, len(prompt_ids) :].tolist())
 
 
-def _ask(pod: LocalPod, prompt_ids: list[int]) -> str:
+def _ask(pod: LocalPod, model: str, prompt_ids: list[int]) -> str:
     """All prompts are asked at once: what runs beside a request must not change it."""
     done = pod.client(1).completions.create(
-        model=MODEL,
+        model=model,
         prompt=prompt_ids,
         temperature=0,
         max_tokens=NUM_TOKENS,
