@@ -175,6 +175,7 @@ def _read_all(
         if not isinstance(value, PackedWeight):
             value = value.to(dtype=sink.weight_dtype, device=sink.device)
         _check_finite(value, place)
+        weights.forget(place.name)
         embedding = value if place.name == EMBEDDING else embedding
         done_bytes += place.size_bytes
         progress(done_bytes, total_bytes)

@@ -52,8 +52,8 @@ class PackedWeight:
 
     def rows(self, indices: Tensor) -> PackedWeight:
         """These rows in this order, a copy."""
-        minima = None if self.minima is None else self.minima[indices]
-        return PackedWeight(self.bits, self.codes[indices], self.scales[indices], minima)
+        minima = None if self.minima is None else _rows(self.minima, indices)
+        return PackedWeight(self.bits, _rows(self.codes, indices), _rows(self.scales, indices), minima)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """`[N, K]`, computed in float32."""
@@ -121,6 +121,13 @@ def from_gguf(raw: np.ndarray, encoding: str, shape: tuple[int, int]) -> PackedW
     first = 4 if encoding == "Q4_1" else 2
     codes = np.ascontiguousarray(blocks[..., first:]).reshape(num_rows, num_columns // 2)
     return PackedWeight(4, torch.from_numpy(codes), scales, minima)
+
+
+def _rows(part: Tensor, indices: Tensor) -> Tensor:
+    """torch gathers value by value; eight bytes at a time are as good as one."""
+    row_bytes = part.shape[1] * part.element_size()
+    wide = part.view(torch.int64) if row_bytes % 8 == 0 and part.is_contiguous() else part
+    return wide.index_select(0, indices).view(part.dtype)
 
 
 def _halves(pairs: np.ndarray) -> Tensor:

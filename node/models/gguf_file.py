@@ -16,6 +16,7 @@ from pathlib import Path
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from node.models.errors import ModelError
+from node.models.mapped import forget_pages
 from node.models.tensors import EMBEDDING, FINAL_NORM, HEAD, TensorPlace
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
@@ -117,6 +118,9 @@ class GgufFile:
 
     def read(self, place: TensorPlace) -> memoryview:
         return memoryview(self._map)[place.start : place.end]
+
+    def forget(self, place: TensorPlace) -> None:
+        forget_pages(self._map, place.start, place.end)
 
     def close(self) -> None:
         self._map.close()

@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 
 from node.models.errors import ModelError
+from node.models.mapped import forget_pages
 from node.models.tensors import TensorPlace
 
 MAX_HEADER_BYTES = 100_000_000
@@ -50,6 +51,9 @@ class SafetensorsFile:
 
     def read(self, place: TensorPlace) -> memoryview:
         return memoryview(self._map)[place.start : place.end]
+
+    def forget(self, place: TensorPlace) -> None:
+        forget_pages(self._map, place.start, place.end)
 
     def close(self) -> None:
         self._map.close()

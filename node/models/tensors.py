@@ -42,6 +42,10 @@ class WeightFile(Protocol):
 
     def read(self, place: TensorPlace) -> memoryview: ...
 
+    def forget(self, place: TensorPlace) -> None:
+        """The bytes were taken; they need not stay in memory."""
+        ...
+
     def close(self) -> None: ...
 
 

@@ -41,6 +41,10 @@ class Weights:
         self.num_bytes_read += place.size_bytes
         return self._files[place.path].read(place)
 
+    def forget(self, name: str) -> None:
+        place = self.place(name)
+        self._files[place.path].forget(place)
+
     def close(self) -> None:
         for file in self._files.values():
             file.close()

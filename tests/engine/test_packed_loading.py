@@ -1,0 +1,329 @@
+"""Packed loading: GGUF weights as they are stored, others quantized; the cost in memory and exactness."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig
+
+from node.engine.attention import PagedStep, Span
+from node.engine.kv_cache import KvCache
+from node.engine.loader import fill, load_shard, read_config
+from node.engine.packed import PackedWeight
+from node.engine.shard import Shard
+from node.engine.weight_plan import WeightPlan, plan_weights
+from node.models.bundle import check_config
+from node.models.errors import ModelError
+from node.models.gguf_file import ENCODINGS, GgufFile
+from node.models.package import ModelPackage, build_package
+from node.models.safetensors_file import SafetensorsFile
+from node.models.tensors import EMBEDDING, HEAD
+from tests.engine.tiny_gguf import HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE, TinyGguf, make_tiny_gguf
+
+CPU = torch.device("cpu")
+GIB = 1 << 30
+MIXED = {"ffn_down": "Q6_K", "attn_v": "F16", "token_embd": "Q8_0"}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("packed")
+
+
+@dataclass
+class Recorder:
+    """A sink that keeps what it is given."""
+
+    shard: Shard
+    weight_dtype: torch.dtype = torch.float32
+    device: torch.device = CPU
+    given: dict[str, Tensor | PackedWeight] = field(default_factory=dict)
+
+    def parameter_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        return self.shard.parameter_shapes()
+
+    def set_parameter(self, name: str, tensor: Tensor) -> None:
+        self.given[name] = tensor
+
+    def set_packed(self, name: str, packed: PackedWeight) -> None:
+        self.given[name] = packed
+
+    @property
+    def num_bytes(self) -> int:
+        parts = {id(v): v for v in self.given.values()}.values()
+        return sum(v.num_bytes if isinstance(v, PackedWeight) else v.nbytes for v in parts)
+
+
+class FloatSizes(TorchDispatchMode):
+    """How many values the largest float tensor has that any operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for made in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(made, Tensor) and made.is_floating_point():
+                self.largest = max(self.largest, made.numel())
+        return result
+
+
+def plan(package: ModelPackage, dtype: str = "auto", start: int = 0, end: int = NUM_LAYERS) -> WeightPlan:
+    return plan_weights(package.manifest, package.weights, start, end, dtype, CPU, 64 * GIB)
+
+
+def record(package: ModelPackage, planned: WeightPlan, start: int = 0, end: int = NUM_LAYERS) -> Recorder:
+    config = read_config(package.manifest, package.directory)
+    recorder = Recorder(Shard(config, start, end, torch.float32, CPU))
+    fill(recorder, config, "m", package.weights, planned.max_num_bits, lambda *_: None, planned.num_bytes)
+    return recorder
+
+
+def load(package: ModelPackage, dtype: str = "auto") -> Shard:
+    planned = plan(package, dtype)
+    return load_shard(
+        package.manifest,
+        package.directory,
+        package.weights,
+        0,
+        NUM_LAYERS,
+        planned.dtype,
+        CPU,
+        lambda *_: None,
+        planned.num_bytes,
+        planned.max_num_bits,
+    )[0]
+
+
+@torch.inference_mode()
+def logits_of(shard: Shard, ids: Tensor) -> Tensor:
+    """`[T, vocabulary]` of one prompt, prefilled at once."""
+    num_blocks = -(-len(ids) // 16)
+    cache = KvCache(0, NUM_LAYERS, num_blocks, 2, shard.head_dim, torch.float32, CPU)
+    step = PagedStep(cache, [Span(cache.open(len(ids)), 0, len(ids))])
+    hidden = shard.run(shard.embed(ids), torch.arange(len(ids)), step, 0, NUM_LAYERS)
+    return shard.logits(hidden)
+
+
+# Of the logits, relative, with random weights, which are the hardest to quantize (docs/decisions.md).
+BOUNDS = {"auto": 0.02, "int8": 0.04, "int4": 0.35}
+IDS = torch.randint(3, VOCAB_SIZE, (40,), generator=torch.Generator().manual_seed(3))
+
+
+@torch.inference_mode()
+def distance(shard: Shard, model: TinyGguf) -> float:
+    """Of the logits from transformers' in float32 on the dequantized file, relative."""
+    expected = model.reference(IDS[None]).logits[0]
+    return float((logits_of(shard, IDS) - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("encoding", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_packed_weights_are_those_of_the_file(
+    directory: Path, family: str, encoding: str, is_tied: bool
+) -> None:
+    model = make_tiny_gguf(directory, family, encoding, {"token_embd": "Q8_0"}, is_tied=is_tied)
+    recorder = record(model.package, plan(model.package))
+    assert set(recorder.given) == {name for name, _ in recorder.shard.parameter_shapes()}
+    for name, value in recorder.given.items():
+        expected = model.reference.get_parameter(name)
+        assert isinstance(value, PackedWeight) == (expected.ndim == 2)
+        values = value.dequantize() if isinstance(value, PackedWeight) else value
+        assert torch.equal(values, expected), name
+    assert (recorder.given[EMBEDDING] is recorder.given[HEAD]) == is_tied
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_other_types_of_a_packed_file_become_eight_bits(directory: Path, family: str) -> None:
+    """Q6_K and F16 are unpacked one tensor at a time and packed again, for half a step of 1/127."""
+    model = make_tiny_gguf(directory, family, "Q4_1", MIXED)
+    assert plan(model.package).weight_type == "int4"
+    for name, value in record(model.package, plan(model.package)).given.items():
+        if not isinstance(value, PackedWeight):
+            continue
+        expected = model.reference.get_parameter(name)
+        if "down_proj" in name or "v_proj" in name:
+            assert value.bits == 8
+            steps = value.scales.float().repeat_interleave(32, dim=1)
+            assert bool(((value.dequantize() - expected).abs() <= 0.501 * steps).all())
+        else:
+            assert torch.equal(value.dequantize(), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("encoding", ["Q4_0", "Q8_0", "F16"])
+def test_float32_of_a_gguf_file_is_what_transformers_reads(
+    directory: Path, family: str, encoding: str
+) -> None:
+    model = make_tiny_gguf(directory, family, encoding, MIXED, dtype="float32")
+    for name, value in record(model.package, plan(model.package, "float32")).given.items():
+        assert isinstance(value, Tensor)
+        assert torch.equal(value, model.reference.get_parameter(name)), name
+    assert distance(load(model.package, "float32"), model) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("encoding", "dtype"),
+    [("F16", "int8"), ("F16", "int4"), ("Q4_1", "auto"), ("Q8_0", "auto"), ("Q8_0", "int4")],
+)
+def test_logits_are_within_the_stated_distance_of_float32(directory: Path, encoding: str, dtype: str) -> None:
+    """Stored codes lose nothing but the kernel's bfloat16."""
+    model = make_tiny_gguf(directory, "llama", encoding, {"token_embd": "Q8_0"}, dtype)
+    assert distance(load(model.package, dtype), model) < BOUNDS[dtype]
+
+
+def test_nothing_is_dequantized_on_the_way(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No operation makes as many floats as the smallest packed matrix has; gguf unpacks only norms."""
+    model = make_tiny_gguf(directory, "llama", "Q4_0", {"token_embd": "Q8_0"})
+    unpacked: list[int] = []
+    dequantize = gguf.quants.dequantize
+
+    def watched(data: Any, kind: gguf.GGMLQuantizationType) -> Any:
+        unpacked.append(data.size)
+        return dequantize(data, kind)
+
+    monkeypatch.setattr(gguf.quants, "dequantize", watched)
+    config = read_config(model.package.manifest, model.package.directory)
+    recorder = Recorder(Shard(config, 0, NUM_LAYERS, torch.float32, CPU))
+    with FloatSizes() as sizes:
+        fill(recorder, config, "m", model.package.weights, 8, lambda *_: None)
+    assert unpacked == [4 * HIDDEN_SIZE] * (2 * NUM_LAYERS + 1)
+    # Scales and minima, one for 32 values each.
+    assert sizes.largest < 128 * HIDDEN_SIZE
+
+
+def test_memory_is_what_was_planned(directory: Path) -> None:
+    for encoding in ("Q4_0", "Q8_0"):
+        model = make_tiny_gguf(directory, "qwen2", encoding, MIXED)
+        manifest = model.package.manifest
+        for start, end in ((0, 1), (1, 2), (0, 2)):
+            planned = plan(model.package, "auto", start, end)
+            assert record(model.package, planned, start, end).num_bytes == planned.num_bytes
+            tied = manifest.embedding_num_bytes if (start, end) == (0, 2) else 0
+            assert planned.num_bytes == manifest.stage_bytes(start, end) - tied
+
+
+def test_a_pod_plans_and_shows_what_weights_become(directory: Path) -> None:
+    plain = make_tiny_gguf(directory, "llama", "F16")
+    assert (plain.package.manifest.version, plain.package.manifest.weight_type) == (1, "auto")
+    assert plan(plain.package).weight_type == "float32"
+    whole = {dtype: plan(plain.package, dtype) for dtype in ("float32", "bfloat16", "int8", "int4")}
+    assert {planned.weight_type for planned in whole.values()} == set(whole)
+    sizes = [planned.num_bytes for planned in whole.values()]
+    assert sizes == sorted(sizes, reverse=True)
+    tight = make_tiny_gguf(directory, "llama", "Q8_0", dtype="int4").package
+    assert (tight.manifest.version, tight.manifest.weight_type) == (2, "int4")
+    # What a file packs as tightly is never packed again.
+    assert plan(make_tiny_gguf(directory, "llama", "Q4_0").package, "int8").weight_type == "int4"
+
+
+def test_devices_that_multiply_floats_faster_unpack_while_there_is_room(directory: Path) -> None:
+    package = make_tiny_gguf(directory, "llama", "Q4_0").package
+
+    def on_device(free_bytes: int) -> WeightPlan:
+        return plan_weights(
+            package.manifest, package.weights, 0, NUM_LAYERS, "auto", torch.device("meta"), free_bytes
+        )
+
+    assert on_device(GIB).weight_type == "bfloat16"
+    assert on_device(2 * on_device(GIB).num_bytes - 1).weight_type == "int4"
+
+
+def quantized_safetensors(directory: Path, dtype: str) -> tuple[ModelPackage, TinyGguf]:
+    """The same model once more, saved by transformers."""
+    model = make_tiny_gguf(directory, "llama", "F16", is_tied=False)
+    source = directory / "saved"
+    model.reference.save_pretrained(source)
+    package = build_package(
+        str(source), dtype, directory / "models", make_bundle=lambda _, there: _copy_config(source, there)
+    )
+    return package, model
+
+
+def _copy_config(source: Path, directory: Path) -> Any:
+    from node.models.bundle import make_bundle_here
+
+    return make_bundle_here(source, directory)
+
+
+@pytest.mark.parametrize("dtype", ["int4", "int8"])
+def test_safetensors_are_quantized_as_they_are_loaded(directory: Path, dtype: str) -> None:
+    """Embedding and head keep eight bits; float memory is one matrix at a time."""
+    package, model = quantized_safetensors(directory, dtype)
+    config = read_config(package.manifest, package.directory)
+    recorder = Recorder(Shard(config, 0, NUM_LAYERS, torch.float32, CPU))
+    with FloatSizes() as sizes:
+        fill(recorder, config, "m", package.weights, plan(package, dtype).max_num_bits, lambda *_: None)
+    assert sizes.largest <= 2 * HIDDEN_SIZE * HIDDEN_SIZE
+    assert recorder.num_bytes == package.manifest.stage_bytes(0, NUM_LAYERS)
+    bits = {n: v.bits for n, v in recorder.given.items() if isinstance(v, PackedWeight)}
+    assert {bits.pop(EMBEDDING), bits.pop(HEAD)} == {8}
+    assert set(bits.values()) == {int(dtype[3:])}
+    assert distance(load(package, dtype), model) < BOUNDS[dtype]
+
+
+def write_nan(path: Path, start: int, num_bytes: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[start : start + num_bytes] = b"\xff" * num_bytes
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "auto", "int4"])
+def test_nan_in_weights_is_named(directory: Path, tmp_path: Path, dtype: str) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    for model in (make_tiny_gguf(tmp_path, "llama", "Q4_1"), make_tiny_gguf(tmp_path, "llama", "F32")):
+        place = GgufFile(model.path).tensors[name]
+        write_nan(model.path, place.start, 4)
+        with pytest.raises(ModelError, match=f"{name} holds NaN or values beyond the range") as caught:
+            load(model.package, dtype)
+        assert "\n" not in str(caught.value)
+
+
+def test_nan_in_safetensors_is_named(directory: Path) -> None:
+    package, _ = quantized_safetensors(directory, "int8")
+    (path,) = package.weights
+    place = SafetensorsFile(path).tensors["model.layers.0.input_layernorm.weight"]
+    write_nan(path, place.end - 4, 4)
+    with pytest.raises(ModelError, match=r"model\.layers\.0\.input_layernorm\.weight holds NaN"):
+        load(package, "int8")
+
+
+def test_every_encoding_that_is_offered_can_be_read() -> None:
+    for name in ENCODINGS:
+        kind = gguf.GGMLQuantizationType[name]
+        block_values, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        blocks = torch.zeros(2, 4 * block_bytes, dtype=torch.uint8).numpy()
+        assert gguf.quants.dequantize(blocks, kind).shape == (2, 4 * block_values)
+
+
+def test_an_encoding_nobody_reads_is_named_with_those_that_are(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("blk.0.ffn_up.weight", torch.zeros(2, 256, dtype=torch.int8).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=r"type I8 of blk\.0\.ffn_up\.weight is not.*Q4_0, Q4_1"):
+        GgufFile(path)
+
+
+def test_a_quantized_config_is_named(directory: Path, tmp_path: Path) -> None:
+    package, _ = quantized_safetensors(directory, "int8")
+    config = json.loads((package.directory / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
+    with pytest.raises(
+        ModelError, match=r"quantization 'gptq' .* is not supported \(supported: .*--quantize"
+    ):
+        check_config(AutoConfig.from_pretrained(tmp_path), tmp_path)
