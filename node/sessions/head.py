@@ -51,10 +51,11 @@ SESSION_DEADLINE_S = 30 * 60
 HOLD_GRACE_S = 60
 MAX_NUM_SESSIONS = 1024
 
-_WORTH_WAITING = frozenset({ErrorCode.NO_KV_ROOM})
+# Preempted: before it was started.
+_WORTH_WAITING = frozenset({ErrorCode.NO_KV_ROOM, ErrorCode.PREEMPTED})
 _WORTH_ANOTHER_ROUTE = frozenset(
     {
-        ErrorCode.NO_KV_ROOM,
+        *_WORTH_WAITING,
         ErrorCode.KV_BUDGET_TOO_SMALL,
         ErrorCode.UNKNOWN_SHARD,
         ErrorCode.NEXT_HOP_UNREACHABLE,
