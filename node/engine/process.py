@@ -187,8 +187,16 @@ class EngineProcess:
         manifest = _read_manifest(Path(order.model_dir))
         paths = [Path(path) for path in order.weights]
         free_bytes = self._memory_bytes - self._used_bytes
+        kernels = self._kernels.result(COMPILE_TIMEOUT_S) if self._device.type == "cpu" else None
         plan = plan_weights(
-            manifest, paths, order.start_layer, order.end_layer, order.dtype, self._device, free_bytes
+            manifest,
+            paths,
+            order.start_layer,
+            order.end_layer,
+            order.dtype,
+            self._device,
+            free_bytes,
+            has_kernels=kernels is not None,
         )
         check_room(manifest.name, plan.num_bytes, free_bytes)
         loaded = provision(
@@ -204,7 +212,7 @@ class EngineProcess:
             progress=self._progress_of(order.request),
             max_num_weight_bytes=plan.num_bytes,
             max_num_bits=plan.max_num_bits,
-            kernels=self._kernels.result(COMPILE_TIMEOUT_S),
+            kernels=kernels,
         )
         self._used_bytes += _used_by(loaded)
         self._engine.add_shard(loaded)

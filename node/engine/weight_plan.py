@@ -33,11 +33,12 @@ def plan_weights(
     name: str,
     device: torch.device,
     free_bytes: int,
+    has_kernels: bool,
 ) -> WeightPlan:
     """`name` is the type that was asked for. Raises ModelError for damaged files and missing tensors.
 
-    "auto" takes packed files as they are, but where unpacked weights leave half of the memory of a device
-    other than a CPU, which multiplies floats faster.
+    "auto" takes packed files as they are and bfloat16 files as bfloat16 where there are kernels for them (on
+    CPUs with a compiler). Elsewhere floats are faster, and chosen while they leave half of the memory.
     """
     weights = Weights(paths)
     try:
@@ -48,7 +49,9 @@ def plan_weights(
     num_parameters = sum(place.num_parameters for place in own)
     most = max_num_bits(name, all_places)
     dtype = choose_dtype("auto" if most is not None else name, device, num_parameters, free_bytes)
-    if name == "auto" and device.type != "cpu" and num_parameters * dtype.itemsize * 2 <= free_bytes:
+    if name == "auto" and has_kernels:
+        dtype = torch.bfloat16 if _are_mostly_bfloat16(all_places) else dtype
+    elif name == "auto" and num_parameters * dtype.itemsize * 2 <= free_bytes:
         most = None
     if most is None:
         type_name = str(dtype).removeprefix("torch.")
@@ -56,6 +59,11 @@ def plan_weights(
     dtype = choose_dtype("auto", device, 0, free_bytes)
     num_bytes = sum(num_bytes_of(place, most, dtype.itemsize) for place in own)
     return WeightPlan(dtype, most, weight_type(most, own), num_bytes)
+
+
+def _are_mostly_bfloat16(places: Sequence[TensorPlace]) -> bool:
+    num_values = sum(place.num_parameters for place in places if place.encoding == "BF16")
+    return 2 * num_values > sum(place.num_parameters for place in places)
 
 
 def _own_places(weights: Weights, start_layer: int, end_layer: int, num_layers: int) -> list[TensorPlace]:

@@ -77,7 +77,8 @@ class FloatSizes(TorchDispatchMode):
 
 
 def plan(package: ModelPackage, dtype: str = "auto", start: int = 0, end: int = NUM_LAYERS) -> WeightPlan:
-    return plan_weights(package.manifest, package.weights, start, end, dtype, CPU, 64 * GIB)
+    manifest, weights = package.manifest, package.weights
+    return plan_weights(manifest, weights, start, end, dtype, CPU, 64 * GIB, has_kernels=True)
 
 
 def record(package: ModelPackage, planned: WeightPlan, start: int = 0, end: int = NUM_LAYERS) -> Recorder:
@@ -226,16 +227,26 @@ def test_a_pod_plans_and_shows_what_weights_become(directory: Path) -> None:
     assert plan(make_tiny_gguf(directory, "llama", "Q4_0").package, "int8").weight_type == "int4"
 
 
-def test_devices_that_multiply_floats_faster_unpack_while_there_is_room(directory: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_where_there_are_no_kernels_packed_files_are_unpacked_while_there_is_room(
+    directory: Path, device: str
+) -> None:
     package = make_tiny_gguf(directory, "llama", "Q4_0").package
 
-    def on_device(free_bytes: int) -> WeightPlan:
-        return plan_weights(
-            package.manifest, package.weights, 0, NUM_LAYERS, "auto", torch.device("meta"), free_bytes
-        )
+    def planned(free_bytes: int) -> WeightPlan:
+        manifest, weights, target = package.manifest, package.weights, torch.device(device)
+        return plan_weights(manifest, weights, 0, NUM_LAYERS, "auto", target, free_bytes, has_kernels=False)
 
-    assert on_device(GIB).weight_type == "bfloat16"
-    assert on_device(2 * on_device(GIB).num_bytes - 1).weight_type == "int4"
+    assert planned(GIB).weight_type == ("float32" if device == "cpu" else "bfloat16")
+    num_bytes = 2 * (package.manifest.stage_num_parameters(0, NUM_LAYERS) - VOCAB_SIZE * HIDDEN_SIZE)
+    assert planned(2 * num_bytes).weight_type == "bfloat16"
+    assert planned(2 * num_bytes - 1).weight_type == "int4"
+
+
+def test_kernels_take_bfloat16_files_as_they_are(directory: Path) -> None:
+    package = make_tiny_gguf(directory, "llama", "BF16").package
+    assert plan(package).weight_type == "bfloat16"
+    assert plan(package, "float32").weight_type == "float32"
 
 
 def quantized_safetensors(directory: Path, dtype: str) -> tuple[ModelPackage, TinyGguf]:
