@@ -25,6 +25,7 @@ from node.engine.native.architecture import (
     place_layer,
     rope_of,
 )
+from node.engine.native.arena import Arena
 from node.engine.packed import GROUP, PackedWeight
 from node.engine.shard import Shard
 from node.models.tensors import LAYER_PREFIX
@@ -39,7 +40,6 @@ _LINEARS = {
     "mlp.down_proj": "down",
 }
 _FLOAT_BITS = {torch.float32: 32, torch.bfloat16: 16}
-_ALIGNMENT_BYTES = 64
 
 
 class NativeShard:
@@ -68,9 +68,9 @@ class NativeShard:
         self._layers = (Layer * (end_layer - start_layer))()
         self._norm_fields = norm_names(config.model_type)
         self._norm_offset = norm_offset(config.model_type)
-        self._memory: list[object] = []
+        self._arena = Arena()
+        self._vectors: list[Tensor] = []
         self._laid_out: dict[int, tuple[Tensor | PackedWeight, Weight]] = {}
-        self._num_weight_bytes = 0
         outline = self._outline
         self._model = describe(config, outline.layers[0].get_submodule("self_attn"), outline.embedding)
         self._model.num_layers = len(self._layers)
@@ -85,7 +85,7 @@ class NativeShard:
 
     @property
     def num_weight_bytes(self) -> int:
-        return self._num_weight_bytes
+        return self._arena.num_bytes + sum(vector.nbytes for vector in self._vectors)
 
     def _place_layers(self) -> None:
         kinds: dict[str | None, int] = {}
@@ -93,7 +93,7 @@ class NativeShard:
             attention = module.get_submodule("self_attn")
             layer_type = getattr(attention, "layer_type", None)
             rope = rope_of(self._outline.rotary, layer_type)
-            self._memory.append(rope.inverse_frequencies)
+            self._vectors.append(rope.inverse_frequencies)
             by_type = hasattr(self._outline.rotary, f"{layer_type}_inv_freq")
             kind = kinds.setdefault(layer_type if by_type else None, len(kinds))
             place_layer(layer, self.config, attention, rope, kind)
@@ -143,7 +143,7 @@ class NativeShard:
         module, _, leaf = name.rpartition(".")
         if leaf == "weight":
             values += self._norm_offset
-        self._keep(values, values.nbytes)
+        self._vectors.append(values)
         if module == "model.norm":
             self._model.final_norm = values.data_ptr()
             return
@@ -183,14 +183,7 @@ class NativeShard:
 
     def _new_weight(self, bits: int, rows: int, columns: int) -> Weight:
         num_bytes = self._kernels.weight_bytes(bits, rows, columns)
-        memory = torch.empty(num_bytes + _ALIGNMENT_BYTES, dtype=torch.uint8)
-        self._keep(memory, num_bytes)
-        start = -(-memory.data_ptr() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        return Weight(bits, rows, columns, 0, start)
-
-    def _keep(self, memory: Tensor, num_bytes: int) -> None:
-        self._memory.append(memory)
-        self._num_weight_bytes += num_bytes
+        return Weight(bits, rows, columns, 0, self._arena.allocate(num_bytes))
 
     # Steps.
 

@@ -40,11 +40,36 @@ static inline const uint8_t* tile_of(const Weight& weight, int tile) {
 
 static inline int64_t weight_bytes(int bits, int n, int k) { return num_tiles(n) * tile_bytes(bits, k); }
 
+// The last tile may have outputs that are not there.
+static inline void clear_last_tile(int bits, int n, int k, uint8_t* out) {
+    if (n % LANES) std::memset(out + n / LANES * tile_bytes(bits, k), 0, tile_bytes(bits, k));
+}
+
+static inline uint32_t load_u32(const void* from) {
+    uint32_t value;
+    std::memcpy(&value, from, 4);
+    return value;
+}
+
+// One group of one output, four codes at a time. Of 4 bits, byte j of the 16 holds codes j (low) and j + 16 (high).
+static inline void pack_codes_4(const uint8_t* codes, int lane, uint8_t* out) {
+    constexpr uint32_t low = 0x0f0f0f0f;
+    for (int half = 0; half < 2; half++) {
+        const uint32_t first = load_u32(codes + 8 * half), second = load_u32(codes + 8 * half + 4);
+        store(out + half * 64 + lane * 4, (first & low) | (second & low) << 4);
+        store(out + (half + 2) * 64 + lane * 4, (first >> 4 & low) | (second & ~low));
+    }
+}
+
+static inline void pack_codes_8(const uint8_t* codes, int lane, uint8_t* out) {
+    for (int four = 0; four < 8; four++) store(out + four * 64 + lane * 4, load_u32(codes + 4 * four) ^ 0x80808080);
+}
+
 // `codes` as packed.py has them: 4 bits [n, k/2] in GGUF's order within each 16 bytes, 8 bits [n, k] signed.
 static inline void pack_groups(int bits, int n, int k, const uint8_t* codes, const uint16_t* scales,
                                const uint16_t* minima, uint8_t* out) {
-    std::memset(out, 0, weight_bytes(bits, n, k));
-    const int num_groups = k / GROUP;
+    clear_last_tile(bits, n, k, out);
+    const int num_groups = k / GROUP, group_bytes = GROUP * bits / 8;
     for (int row = 0; row < n; row++) {
         uint8_t* tile = out + row / LANES * tile_bytes(bits, k);
         const int lane = row % LANES;
@@ -52,30 +77,32 @@ static inline void pack_groups(int bits, int n, int k, const uint8_t* codes, con
         uint16_t* tile_minima = (uint16_t*)(tile + scales_bytes(k));
         uint8_t* tile_codes = tile + codes_offset(bits, k);
         for (int group = 0; group < num_groups; group++) {
-            tile_scales[group * LANES + lane] = scales[(int64_t)row * num_groups + group];
-            if (bits == 4 && minima) tile_minima[group * LANES + lane] = minima[(int64_t)row * num_groups + group];
-            for (int i = 0; i < GROUP; i++) {
-                const int four = i / 4, byte = i % 4;
-                if (bits == 8) {
-                    const uint8_t code = codes[(int64_t)row * k + group * GROUP + i] + 128;
-                    tile_codes[group * 512 + four * 64 + lane * 4 + byte] = code;
-                } else {
-                    const uint8_t both = codes[(int64_t)row * k / 2 + group * 16 + i % 16];
-                    const uint8_t code = i < 16 ? both & 15 : both >> 4;
-                    tile_codes[group * 256 + four / 2 * 64 + lane * 4 + byte] |= code << (four % 2 * 4);
-                }
-            }
+            const int64_t at = (int64_t)row * num_groups + group;
+            tile_scales[group * LANES + lane] = scales[at];
+            if (bits == 4) tile_minima[group * LANES + lane] = minima ? minima[at] : 0;
+            uint8_t* to = tile_codes + group * LANES * group_bytes;
+            if (bits == 4)
+                pack_codes_4(codes + at * group_bytes, lane, to);
+            else
+                pack_codes_8(codes + at * group_bytes, lane, to);
         }
     }
 }
 
+template <typename Value>
+static void pack_values(int n, int k, const Value* values, Value* out) {
+    for (int row = 0; row < n; row++) {
+        Value* to = (Value*)((uint8_t*)out + row / LANES * tile_bytes(8 * sizeof(Value), k)) + row % LANES;
+        for (int i = 0; i < k; i++) to[(int64_t)i * LANES] = values[(int64_t)row * k + i];
+    }
+}
+
 static inline void pack_floats(int bits, int n, int k, const void* values, uint8_t* out) {
-    std::memset(out, 0, weight_bytes(bits, n, k));
-    const int size = bits / 8;
-    for (int row = 0; row < n; row++)
-        for (int i = 0; i < k; i++)
-            std::memcpy(out + row / LANES * tile_bytes(bits, k) + ((int64_t)i * LANES + row % LANES) * size,
-                        (const uint8_t*)values + ((int64_t)row * k + i) * size, size);
+    clear_last_tile(bits, n, k, out);
+    if (bits == 16)
+        pack_values(n, k, (const uint16_t*)values, (uint16_t*)out);
+    else
+        pack_values(n, k, (const float*)values, (float*)out);
 }
 
 // One row of the matrix as floats: a token's embedding.
