@@ -39,6 +39,7 @@ LEAST_LOGPROB = -9999.0
 
 _HIDDEN = struct.Struct("!BIH")
 _HIDDEN_ITEM = struct.Struct("!16sIIB")
+_ONE_HIDDEN = struct.Struct("!BIH16sIIB")
 _TOKENS = struct.Struct("!H")
 _TOKEN_ITEM = struct.Struct("!16sIIBb")
 _LOGPROB = struct.Struct("!d")
@@ -60,6 +61,12 @@ def hidden_header(frame: HiddenBatch) -> bytes:
     """Raises FrameError for what no receiver would take."""
     items = frame.items
     try:
+        if len(items) == 1 and not items[0].draft_ids:
+            (item,) = items
+            assert len(item.session) == SESSION_ID_BYTES
+            return _ONE_HIDDEN.pack(
+                frame.dtype, frame.hidden_size, 1, item.session, item.position, item.num_tokens, 0
+            )
         parts = [_HIDDEN.pack(frame.dtype, frame.hidden_size, len(items))]
         for item in items:
             assert len(item.session) == SESSION_ID_BYTES

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import cbor2
 
@@ -83,8 +82,7 @@ _TYPES: dict[int, type[Frame]] = {
 _TYPE_NUMBERS = {frame_type: number for number, frame_type in _TYPES.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Prefix:
+class Prefix(NamedTuple):
     """What stands before a frame, already within every limit of its type and lane."""
 
     frame_type: type[Frame]
@@ -97,14 +95,13 @@ def encode(frame: Frame) -> list[Buffer]:
 
     Raises FrameError for a frame too large, or with sampling that its receiver would refuse.
     """
-    frame_type = type(frame)
+    number = _TYPE_NUMBERS[type(frame)]
     header = _header(frame)
     payload = _payload(frame)
-    if len(header) > _max_header_bytes(frame_type) or len(payload) > _max_payload_bytes(
-        frame_type, Lane.BULK
-    ):
-        raise FrameError(f"a {frame_type.__name__} too large to send")
-    prefix = _PREFIX.pack(WIRE_VERSION, _TYPE_NUMBERS[frame_type], len(header), len(payload))
+    _, max_header_bytes, max_payload_bytes = _LIMITS[Lane.BULK][number]
+    if len(header) > max_header_bytes or len(payload) > max_payload_bytes:
+        raise FrameError(f"a {type(frame).__name__} too large to send")
+    prefix = _PREFIX.pack(WIRE_VERSION, number, len(header), len(payload))
     return [prefix + header, payload] if payload else [prefix + header]
 
 
@@ -113,10 +110,11 @@ def parse_prefix(raw: Buffer, lane: Lane) -> Prefix:
     if len(raw) != PREFIX_BYTES:
         raise FrameError("prefix of the wrong length")
     version, number, header_bytes, payload_bytes = _PREFIX.unpack(raw)
-    frame_type = _TYPES.get(number)
-    if version != WIRE_VERSION or frame_type is None:
+    limits = _LIMITS[lane].get(number)
+    if version != WIRE_VERSION or limits is None:
         raise FrameError("unknown frame version or type")
-    if header_bytes > _max_header_bytes(frame_type) or payload_bytes > _max_payload_bytes(frame_type, lane):
+    frame_type, max_header_bytes, max_payload_bytes = limits
+    if header_bytes > max_header_bytes or payload_bytes > max_payload_bytes:
         raise FrameError(f"a {frame_type.__name__} of impossible size")
     return Prefix(frame_type, header_bytes, payload_bytes)
 
@@ -137,14 +135,18 @@ def decode(prefix: Prefix, header: Buffer, payload: Buffer) -> Frame:
     return frame
 
 
-def _max_header_bytes(frame_type: type[Frame]) -> int:
-    return MAX_BATCH_HEADER_BYTES if frame_type in (HiddenBatch, TokenBatch) else MAX_HEADER_BYTES
-
-
-def _max_payload_bytes(frame_type: type[Frame], lane: Lane) -> int:
+def _limits(frame_type: type[Frame], lane: Lane) -> tuple[type[Frame], int, int]:
+    """The frame type, and how long its header and its payload may be."""
     if frame_type is HiddenBatch:
-        return MAX_ROWS_BYTES[lane]
-    return MAX_OPENING_PAYLOAD_BYTES if frame_type is OpenSession else 0
+        return frame_type, MAX_BATCH_HEADER_BYTES, MAX_ROWS_BYTES[lane]
+    if frame_type is TokenBatch:
+        return frame_type, MAX_BATCH_HEADER_BYTES, 0
+    return frame_type, MAX_HEADER_BYTES, MAX_OPENING_PAYLOAD_BYTES if frame_type is OpenSession else 0
+
+
+_LIMITS = {
+    lane: {number: _limits(frame_type, lane) for number, frame_type in _TYPES.items()} for lane in Lane
+}
 
 
 def _refuse_tag(_: object, __: bool) -> NoReturn:

@@ -233,6 +233,9 @@ class MemoryLinks:
     def send_to_head(self, head: bytes, frame: Frame) -> None:
         self._push(self._network.to_head(self.node, head), frame)
 
+    def link_us(self, peer: bytes) -> int:
+        return 0
+
     def can_send_bulk(self, peer: bytes) -> bool:
         pipe = self._network.lane(self.node, peer, Lane.BULK)
         return pipe is not None and pipe.has_room()

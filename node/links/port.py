@@ -82,6 +82,10 @@ class StageLinks(Protocol):
         """
         ...
 
+    def link_us(self, peer: bytes) -> int:
+        """Half the last ping's round trip to a connected stage, waiting included; 0 if none has come back."""
+        ...
+
     def set_trust(self, certificates: Sequence[bytes]) -> None:
         """The certificates (DER) of the current roster's nodes; links to all others are cut at once."""
         ...

@@ -33,12 +33,16 @@ from node.links.hello import (
 from node.links.limits import DEFAULT_LIMITS, LinkLimits
 from node.links.port import DownCallback, FrameCallback, LinkCounts, LinkDown
 from node.links.tally import Tally
+from node.links.tls_socket import TlsSocket
 from node.links.trust import Trust
 from node.links.watch import Watch
-from node.links.wires import Receiver, Sender, read_exactly
+from node.links.wires import Receiver, Sender
 from pod.identity import KeyPair, short_name
 
 _CLOSE_TIMEOUT_S = 2.0
+# What one read takes from the system: some frames of a decode step, a part of a bulk frame.
+_ARRIVED_BYTES = 128 << 10
+_PONG_BYTES = 4 << 10
 _log = logging.getLogger(__name__)
 
 
@@ -82,7 +86,7 @@ class TlsLinks:
         self._peers: dict[tuple[Role, bytes], _Peer] = {}
         self._dial_ended = threading.Condition(self._lock)
         self._dialling: set[tuple[bytes, str]] = set()
-        self._greeting: dict[ssl.SSLSocket, str] = {}
+        self._greeting: dict[TlsSocket, str] = {}
         self._threads: set[threading.Thread] = set()
         self._closed = False
         listener = _listen(listen)
@@ -128,6 +132,11 @@ class TlsLinks:
         found = self._peers.get((Role.STAGE, peer))
         sender = found.senders.get(Lane.BULK) if found else None
         return sender is not None and not sender.aborted and sender.has_room()
+
+    def link_us(self, peer: bytes) -> int:
+        found = self._peers.get((Role.STAGE, peer))
+        sender = found.senders.get(Lane.DECODE) if found else None
+        return int(sender.round_trip_s / 2 * 1e6) if sender else 0
 
     def set_trust(self, certificates: Sequence[bytes]) -> None:
         trust = Trust(self._key, certificates)
@@ -207,17 +216,15 @@ class TlsLinks:
 
     def _introduce(self, peer: bytes, raw: socket.socket, hello: Hello, deadline: float) -> Sender:
         trust = self._trust
-        tls = trust.dialling.wrap_socket(raw, do_handshake_on_connect=False)
+        tls = TlsSocket(raw, trust.dialling, False, _PONG_BYTES)
         try:
-            tls.settimeout(_remaining_s(deadline))
-            tls.do_handshake()
-            if trust.node_of(tls.getpeercert(binary_form=True)) != peer:
+            if trust.node_of(tls.handshake(deadline)) != peer:
                 raise LinkDown("another node answers there")
             if self.is_connected(peer):
                 # To greet it once more would make it cut the link that came up meanwhile.
                 raise _ConnectedMeanwhile
-            tls.sendall(hello.encode())
-            check_answer(read_exactly(tls, 1, deadline))
+            tls.write(hello.encode())
+            check_answer(tls.read_exactly(1, deadline))
             return Sender(tls, hello.lane, self._limits)
         except BaseException as error:
             tls.close()
@@ -250,7 +257,7 @@ class TlsLinks:
         try:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             address = str(raw.getpeername()[0])
-            tls = self._trust.listening.wrap_socket(raw, server_side=True, do_handshake_on_connect=False)
+            tls = TlsSocket(raw, self._trust.listening, True, _ARRIVED_BYTES)
         except (OSError, ValueError):
             raw.close()
             return
@@ -271,15 +278,12 @@ class TlsLinks:
         elif len(self._greeting) >= self._limits.max_num_handshakes:
             self._turn_away(next(iter(self._greeting)))
 
-    def _turn_away(self, tls: ssl.SSLSocket) -> None:
+    def _turn_away(self, tls: TlsSocket) -> None:
         """Its thread sees the end and closes it."""
         del self._greeting[tls]
-        try:
-            socket.socket.shutdown(tls, socket.SHUT_RDWR)
-        except OSError:
-            return
+        tls.shutdown()
 
-    def _serve(self, tls: ssl.SSLSocket) -> None:
+    def _serve(self, tls: TlsSocket) -> None:
         try:
             greeted = self._greet(tls)
             if greeted is not None:
@@ -288,30 +292,28 @@ class TlsLinks:
             with self._lock:
                 self._threads.discard(threading.current_thread())
 
-    def _greet(self, tls: ssl.SSLSocket) -> tuple[_Peer, Receiver] | None:
+    def _greet(self, tls: TlsSocket) -> tuple[_Peer, Receiver] | None:
         deadline = time.monotonic() + self._limits.handshake_timeout_s
         try:
-            tls.settimeout(self._limits.handshake_timeout_s)
-            tls.do_handshake()
-            node = self._trust.node_of(tls.getpeercert(binary_form=True))
-            answer, hello = answer_to(read_exactly(tls, HELLO_BYTES, deadline), self._pod)
+            node = self._trust.node_of(tls.handshake(deadline))
+            answer, hello = answer_to(tls.read_exactly(HELLO_BYTES, deadline), self._pod)
             with self._lock:
                 self._greeting.pop(tls, None)
             if hello is not None:
                 return self._adopt(tls, node, hello)
-            tls.sendall(bytes([answer]))
+            tls.write(bytes([answer]))
             self._end_greeting(tls)
         except (OSError, ValueError, HelloError, LinkDown):
             self._end_greeting(tls)
         return None
 
-    def _end_greeting(self, tls: ssl.SSLSocket) -> None:
+    def _end_greeting(self, tls: TlsSocket) -> None:
         with self._lock:
             # Before its descriptor can be another's.
             self._greeting.pop(tls, None)
         tls.close()
 
-    def _adopt(self, tls: ssl.SSLSocket, node: bytes, hello: Hello) -> tuple[_Peer, Receiver] | None:
+    def _adopt(self, tls: TlsSocket, node: bytes, hello: Hello) -> tuple[_Peer, Receiver] | None:
         """Make the connection part of its peer before the welcome, so that the dialler finds it complete."""
         welcome = bytes([Answer.WELCOME])
         self._cut_older_links(node, hello)

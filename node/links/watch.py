@@ -112,6 +112,9 @@ class Watch:
             self._on_lost[sender] = on_lost
             self._selector.register(sender, selectors.EVENT_READ)
             ready.add(sender)
+            if sender.lane is Lane.DECODE:
+                # So that the length of the way is known from the start.
+                self._ping(sender)
         while True:
             try:
                 ready.add(self._attended.get_nowait())

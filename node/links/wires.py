@@ -1,12 +1,11 @@
 """One TLS connection from either end: `Sender` writes frames and reads pongs, `Receiver` the reverse.
 
-An SSL object is never used by two threads at once: a `Sender` guards its own with a lock and never waits
+A TLS object is never used by two threads at once: a `Sender` guards its own with a lock and never waits
 for the network, a `Receiver` belongs to one thread that does nothing but wait. Knows no other connections.
 """
 
 from __future__ import annotations
 
-import socket
 import ssl
 import threading
 import time
@@ -17,19 +16,20 @@ from node.links.frames import Frame, Lane, Ping, Pong
 from node.links.limits import LinkLimits
 from node.links.port import LinkDown, LinkFull
 from node.links.rows import RowsBudget
+from node.links.tls_socket import TlsSocket
 
 # Between two slices other connections get their turn; small enough not to hold a decode step up.
 _SLICE_BYTES = 256 << 10
 _PONG_BYTES = 4096
-# Up to here one copy costs less than writing the header on its own, which wakes the reader for nothing.
-_JOIN_BYTES = 128 << 10
+# A TLS record's worth: up to here one record with both costs less than one for the header, one for the rows.
+_RECORD_BYTES = 16 << 10
 _ROOM_POLL_S = 0.1
 
 
 class _Wire:
     """The socket of a connection. Any thread may `abort`; only the owner closes."""
 
-    def __init__(self, tls: ssl.SSLSocket, lane: Lane) -> None:
+    def __init__(self, tls: TlsSocket, lane: Lane) -> None:
         self.lane = lane
         self.aborted = False
         self.num_silent_ticks = 0
@@ -40,14 +40,11 @@ class _Wire:
         return self._tls.fileno()
 
     def abort(self) -> None:
-        """End the connection at once: the owner's read or write fails. Does not touch the SSL object."""
+        """End the connection at once: the owner's read or write fails. Does not touch the TLS object."""
         with self._closing:
             self.aborted = True
             if self._tls.fileno() >= 0:
-                try:
-                    socket.socket.shutdown(self._tls, socket.SHUT_RDWR)
-                except OSError:
-                    return
+                self._tls.shutdown()
 
     def close(self) -> None:
         with self._closing:
@@ -58,18 +55,23 @@ class _Wire:
 class Sender(_Wire):
     """Frames out, through a bounded queue; `service` is called by the one thread that watches the socket."""
 
-    def __init__(self, tls: ssl.SSLSocket, lane: Lane, limits: LinkLimits, greeting: bytes = b"") -> None:
+    def __init__(self, tls: TlsSocket, lane: Lane, limits: LinkLimits, greeting: bytes = b"") -> None:
         """`greeting` is written before any frame."""
         super().__init__(tls, lane)
-        tls.setblocking(False)
+        tls.raw.setblocking(False)
         self._max_num_bytes = limits.max_num_queued_bytes[lane]
-        self._num_bytes = len(greeting)
-        self._waiting: deque[memoryview] = deque(_slices(greeting))
+        self._num_bytes = 0
+        self._waiting: deque[Buffer] = deque()
         self._queue = threading.Lock()
-        self._ssl = threading.Lock()
+        self._writing = threading.Lock()
+        self._has_unsent = False
         self._answer = bytearray()
         self._nonce = 0
         self._num_unanswered = 0
+        self._pinged_s = 0.0
+        self.round_trip_s = 0.0
+        if greeting:
+            self._enqueue([greeting], len(greeting))
 
     def has_room(self) -> bool:
         return self._num_bytes < self._max_num_bytes
@@ -79,60 +81,78 @@ class Sender(_Wire):
 
         Returns whether `service` has work left. Raises LinkFull and LinkDown.
         """
+        if self.aborted:
+            raise LinkDown("the link is closed")
         num_bytes = sum(map(len, buffers))
-        if num_bytes <= _JOIN_BYTES:
+        if len(buffers) > 1 and num_bytes <= _RECORD_BYTES:
             buffers = [b"".join(buffers)]
-        with self._queue:
-            if self.aborted:
-                raise LinkDown("the link is closed")
-            if self._num_bytes >= self._max_num_bytes:
-                raise LinkFull(f"{self._num_bytes} bytes wait already")
-            self._num_bytes += num_bytes
-            self._waiting.extend(slice_ for buffer in buffers for slice_ in _slices(buffer))
-        if self.lane is Lane.DECODE and self._ssl.acquire(blocking=False):
+        if self.lane is Lane.DECODE and num_bytes <= _SLICE_BYTES and self._writing.acquire(blocking=False):
             try:
-                self._write()
+                if not self._is_work_left():
+                    self._has_unsent = not self._tls.write(*buffers)
+                    return self._has_unsent
             except (OSError, ValueError) as error:
                 raise LinkDown(_reason(error)) from error
             finally:
-                self._ssl.release()
-        return bool(self._waiting)
+                self._writing.release()
+        with self._queue:
+            if self._num_bytes >= self._max_num_bytes:
+                raise LinkFull(f"{self._num_bytes} bytes wait already")
+            self._enqueue(buffers, num_bytes)
+        return True
 
     def service(self) -> bool:
         """Read what was answered, write one slice. Returns whether more waits. Raises LinkDown."""
-        with self._ssl:
+        with self._writing:
             try:
                 self._read_pongs()
-                return self._write()
+                self._write()
             except (OSError, ValueError, FrameError) as error:
                 raise LinkDown(_reason(error)) from error
+        return self._is_work_left()
 
     def ping(self) -> bool:
         self._nonce += 1
         self._num_unanswered += 1
+        self._pinged_s = time.perf_counter()
         return self.push(encode(Ping(self._nonce)))
 
-    def _write(self) -> bool:
-        """Write up to one slice's worth. A slice the socket did not take is tried again unchanged."""
-        room = _SLICE_BYTES
-        while self._waiting and room > 0:
-            slice_ = self._waiting[0]
-            try:
-                self._tls.send(slice_)
-            except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
-                return True
-            room -= len(slice_)
-            with self._queue:
-                self._waiting.popleft()
-                self._num_bytes -= len(slice_)
-        return bool(self._waiting)
+    def _enqueue(self, buffers: list[Buffer], num_bytes: int) -> None:
+        self._num_bytes += num_bytes
+        for buffer in buffers:
+            if len(buffer) <= _SLICE_BYTES:
+                self._waiting.append(buffer)
+            else:
+                view = memoryview(buffer).cast("B")
+                self._waiting.extend(
+                    view[start : start + _SLICE_BYTES] for start in range(0, len(view), _SLICE_BYTES)
+                )
+
+    def _is_work_left(self) -> bool:
+        return self._has_unsent or bool(self._waiting)
+
+    def _write(self) -> None:
+        """About one slice's worth, in one write. What the system does not take comes first next time."""
+        if self._has_unsent and not self._tls.flush():
+            return
+        self._has_unsent = False
+        slices: list[Buffer] = []
+        num_bytes = 0
+        with self._queue:
+            while self._waiting and num_bytes < _SLICE_BYTES:
+                slices.append(self._waiting.popleft())
+                num_bytes += len(slices[-1])
+            self._num_bytes -= num_bytes
+        if slices:
+            self._has_unsent = not self._tls.write(*slices)
 
     def _read_pongs(self) -> None:
+        answered = memoryview(bytearray(_PONG_BYTES))
         try:
-            while answered := self._tls.recv(_PONG_BYTES):
-                self._answer += answered
+            while num_bytes := self._tls.recv_into(answered):
+                self._answer += answered[:num_bytes]
                 self._take_pongs()
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        except BlockingIOError:
             return
         raise LinkDown("closed by the peer")
 
@@ -144,7 +164,9 @@ class Sender(_Wire):
             end = PREFIX_BYTES + prefix.header_bytes
             if len(self._answer) < end:
                 return
-            decode(prefix, bytes(self._answer[PREFIX_BYTES:end]), b"")
+            pong = decode(prefix, bytes(self._answer[PREFIX_BYTES:end]), b"")
+            if pong == Pong(self._nonce):
+                self.round_trip_s = time.perf_counter() - self._pinged_s
             del self._answer[:end]
             self._num_unanswered -= 1
             self.num_silent_ticks = 0
@@ -154,13 +176,17 @@ class Receiver(_Wire):
     """Frames in. `read` waits on the calling thread, which must be the only one to call it."""
 
     def __init__(
-        self, tls: ssl.SSLSocket, lane: Lane, limits: LinkLimits, may_say: frozenset[type[Frame]]
+        self, tls: TlsSocket, lane: Lane, limits: LinkLimits, may_say: frozenset[type[Frame]]
     ) -> None:
         super().__init__(tls, lane)
-        tls.settimeout(None)
+        tls.raw.settimeout(None)
         self.is_waiting = False
         self._may_say = may_say
         self._budget = RowsBudget(limits.max_num_held_bytes[lane])
+        # Of the record read last, what nobody has taken yet.
+        self._record = memoryview(bytearray(_RECORD_BYTES))
+        self._start = 0
+        self._end = 0
 
     def read(self) -> tuple[Frame, int]:
         """The next frame and its encoded size; pings are answered on the way. Raises LinkDown, FrameError."""
@@ -171,14 +197,15 @@ class Receiver(_Wire):
             self.write(encode(Pong(frame.nonce))[0])
 
     def _read_frame(self) -> tuple[Frame, int]:
-        prefix = parse_prefix(self._read_exactly(bytearray(PREFIX_BYTES)), self.lane)
+        prefix = parse_prefix(self._take(PREFIX_BYTES), self.lane)
         if prefix.frame_type not in self._may_say:
             raise FrameError(f"a {prefix.frame_type.__name__} has no place on this connection")
-        header = self._read_exactly(bytearray(prefix.header_bytes))
+        header = bytes(self._take(prefix.header_bytes))
         payload: Buffer = b""
         if prefix.payload_bytes:
             self._wait_for_room(prefix.payload_bytes)
-            payload = self._read_exactly(self._budget.take(prefix.payload_bytes))
+            payload = self._budget.take(prefix.payload_bytes)
+            self._fill(memoryview(payload))
         frame = decode(prefix, header, payload)
         return frame, PREFIX_BYTES + len(header) + len(payload)
 
@@ -187,44 +214,44 @@ class Receiver(_Wire):
             if self.aborted:
                 raise LinkDown("the link is closed")
 
-    def _read_exactly(self, target: bytearray) -> bytearray:
-        view = memoryview(target)
-        num_read = 0
-        self.is_waiting = True
-        while num_read < len(target):
-            try:
-                num_new = self._tls.recv_into(view[num_read:])
-            except (OSError, ValueError) as error:
-                raise LinkDown(_reason(error)) from error
-            if num_new == 0:
-                raise LinkDown("closed by the peer")
-            num_read += num_new
-            self.num_silent_ticks = 0
-        self.is_waiting = False
+    def _take(self, num_bytes: int) -> memoryview:
+        """The next bytes, good until the next call."""
+        start = self._start
+        if start == self._end and num_bytes:
+            start, self._end = 0, self._recv_into(self._record)
+        if self._end - start >= num_bytes:
+            self._start = start + num_bytes
+            return self._record[start : self._start]
+        self._start = start
+        target = memoryview(bytearray(num_bytes))
+        self._fill(target)
         return target
+
+    def _fill(self, target: memoryview) -> None:
+        """Straight into its memory, but for what came in one record with the frame's beginning."""
+        num_read = min(len(target), self._end - self._start)
+        target[:num_read] = self._record[self._start : self._start + num_read]
+        self._start += num_read
+        while num_read < len(target):
+            num_read += self._recv_into(target[num_read:])
+
+    def _recv_into(self, target: memoryview) -> int:
+        self.is_waiting = True
+        try:
+            num_bytes = self._tls.recv_into(target)
+        except (OSError, ValueError) as error:
+            raise LinkDown(_reason(error)) from error
+        if num_bytes == 0:
+            raise LinkDown("closed by the peer")
+        self.num_silent_ticks = 0
+        self.is_waiting = False
+        return num_bytes
 
     def write(self, raw: Buffer) -> None:
         try:
-            self._tls.sendall(raw)
+            self._tls.write(raw)
         except (OSError, ValueError) as error:
             raise LinkDown(_reason(error)) from error
-
-
-def read_exactly(tls: ssl.SSLSocket, num_bytes: int, deadline: float) -> bytes:
-    """Exactly that many bytes by `deadline` (monotonic seconds), fewer if the peer ends. Raises OSError."""
-    received = b""
-    while len(received) < num_bytes:
-        tls.settimeout(max(0.001, deadline - time.monotonic()))
-        new = tls.recv(num_bytes - len(received))
-        if not new:
-            break
-        received += new
-    return received
-
-
-def _slices(buffer: Buffer) -> list[memoryview]:
-    view = memoryview(buffer).cast("B")
-    return [view[start : start + _SLICE_BYTES] for start in range(0, len(view), _SLICE_BYTES)]
 
 
 def _reason(error: Exception) -> str:

@@ -258,7 +258,7 @@ def test_rows_must_have_the_announced_shape() -> None:
     header = raw[PREFIX_BYTES : PREFIX_BYTES + prefix.header_bytes]
     for num_bytes in (0, 60, 68, 128):
         with pytest.raises(FrameError):
-            decode(replace(prefix, payload_bytes=num_bytes), header, bytes(num_bytes))
+            decode(prefix._replace(payload_bytes=num_bytes), header, bytes(num_bytes))
 
 
 def test_rows_are_not_copied_either_way() -> None:
