@@ -9,6 +9,7 @@ import logging.handlers
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterable, Mapping
 
 from node.cli import show
 from node.errors import UserError
@@ -24,6 +25,7 @@ from pod.membership import Membership, MembershipError
 LOG_BYTES = 4 * 1024 * 1024
 NUM_OLD_LOGS = 3
 EXIT_NOW_CODE = 130
+LOOK_EVERY_S = 0.2
 
 
 def join_pod(
@@ -69,7 +71,25 @@ async def _run(home: PodHome, settings: NodeSettings, as_json: bool) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, end)
-    await runtime.run(lambda listening: _report_to_terminal(listening, as_json))
+    shown = loop.create_task(show_loading(runtime.loading)) if show.err.is_terminal and not as_json else None
+    try:
+        await runtime.run(lambda listening: _report_to_terminal(listening, as_json))
+    finally:
+        if shown is not None:
+            shown.cancel()
+
+
+async def show_loading(loading: Callable[[], Iterable[Mapping[str, object]]]) -> None:
+    """Bars while shards load, whenever they do, until it is cancelled."""
+    while True:
+        await asyncio.sleep(LOOK_EVERY_S)
+        if not list(loading()):
+            continue
+        with show.LoadBars(is_transient=True) as bars:
+            while now := list(loading()):
+                for progress in now:
+                    bars.update(progress)
+                await asyncio.sleep(LOOK_EVERY_S)
 
 
 def _report_to_terminal(listening: Listening, as_json: bool) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -129,7 +129,7 @@ class NodeRuntime:
             ledger=self._ledger,
             catalogue=self._catalogue,
             state=self._state,
-            loading=lambda: self._serving.loading() if self._serving else (),
+            loading=self.loading,
             leave=self._leave,
         )
 
@@ -141,6 +141,10 @@ class NodeRuntime:
         """End the node. With `failure`, `run` raises it as a UserError once everything is closed."""
         self._failure = self._failure or failure
         self._stopped.set()
+
+    def loading(self) -> Iterable[Mapping[str, object]]:
+        """The shards that load now, for progress bars."""
+        return self._serving.loading() if self._serving else ()
 
     async def run(self, on_listening: Callable[[Listening], None]) -> None:
         """Raises UserError: a port is taken, the engine cannot start, this node was removed."""

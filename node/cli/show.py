@@ -55,16 +55,19 @@ def table(
 
 
 class LoadBars:
-    """Progress bars on stderr, one per thing that loads; lines at each quarter when it is no terminal."""
+    """Progress bars on stderr, one per thing that loads; lines at each quarter when it is no terminal.
 
-    def __init__(self) -> None:
+    Transient bars are gone when all is over.
+    """
+
+    def __init__(self, is_transient: bool = False) -> None:
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             DownloadColumn(binary_units=True),
             TimeRemainingColumn(),
             console=err,
-            transient=False,
+            transient=is_transient,
             disable=not err.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}

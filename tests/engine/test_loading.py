@@ -6,12 +6,16 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from node.engine.device import choose_device, choose_dtype
+from node.engine.device import choose_device, choose_dtype, is_out_of_memory
 from node.engine.loader import load_shard
+from node.engine.messages import DropShard, Failed, Message
+from node.engine.process import EngineProcess
 from node.models.bundle import make_bundle_here
 from node.models.errors import ModelError
 from node.models.package import ModelPackage, build_package
@@ -193,6 +197,17 @@ def test_devices_and_dtypes() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ModelError, match=r"device 'cuda' is not available here \(available: .*cpu\)"):
             choose_device("cuda")
+
+
+def test_out_of_memory_is_one_line_and_the_process_goes_on() -> None:
+    sent: list[Message] = []
+    process = object.__new__(EngineProcess)
+    process._device = CPU
+    process._pipe = SimpleNamespace(send=sent.append)  # type: ignore[assignment]
+    for allocate in (lambda: torch.empty(1 << 60, dtype=torch.uint8), lambda: np.empty(1 << 60, np.uint8)):
+        process._reporting(DropShard(7, b"", 0, 1), lambda _, allocate=allocate: allocate())
+    assert sent == [Failed(7, "out of memory on cpu; the node goes on without")] * 2
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_bfloat16_stages_pass_bfloat16_rows(llama: TinyModel) -> None:
