@@ -112,10 +112,13 @@ class Sender(_Wire):
         return self._is_work_left()
 
     def ping(self) -> bool:
+        """Called where `service` is, so no answer is read before this returns."""
+        pinged_s = time.perf_counter()
+        is_work_left = self.push(encode(Ping(self._nonce + 1)))
         self._nonce += 1
         self._num_unanswered += 1
-        self._pinged_s = time.perf_counter()
-        return self.push(encode(Ping(self._nonce)))
+        self._pinged_s = pinged_s
+        return is_work_left
 
     def _enqueue(self, buffers: list[Buffer], num_bytes: int) -> None:
         self._num_bytes += num_bytes
@@ -165,7 +168,9 @@ class Sender(_Wire):
             if len(self._answer) < end:
                 return
             pong = decode(prefix, bytes(self._answer[PREFIX_BYTES:end]), b"")
-            if pong == Pong(self._nonce):
+            if pong != Pong(self._nonce - self._num_unanswered + 1):
+                raise FrameError("the peer answers what nobody asked")
+            if self._num_unanswered == 1:
                 self.round_trip_s = time.perf_counter() - self._pinged_s
             del self._answer[:end]
             self._num_unanswered -= 1

@@ -253,13 +253,15 @@ def test_a_frame_cut_short_is_a_lost_link(adapter: TlsAdapter) -> None:
     assert_still_works(stage, adapter)
 
 
-@pytest.mark.parametrize("frame", [Ping(1), Pong(1), SessionOpened(SESSION, 0)])
+@pytest.mark.parametrize("frame", [Ping(1), Pong(2), SessionOpened(SESSION, 0)])
 def test_a_reader_may_say_nothing_but_the_pongs_it_is_asked_for(adapter: TlsAdapter, frame: Frame) -> None:
     stage = adapter.stage(A)
     asking = dial_as(B, stage, ANSWERING_HELLO)
     asking.sendall(encode(frame)[0])
     eventually(lambda: stage.head_downs)
     assert "nobody asked" in stage.head_downs[0][1]
+    # Behind the stage's own ping.
+    assert len(asking.recv(1 << 10)) == len(encode(Ping(1))[0])
     assert is_closed(asking)
 
 
