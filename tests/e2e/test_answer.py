@@ -85,6 +85,24 @@ def test_a_seed_gives_the_same_text_at_every_node(pod: LocalPod) -> None:
     assert len(texts) == 1
 
 
+def test_logprobs_and_penalties_go_through_three_nodes(pod: LocalPod) -> None:
+    client = pod.client(1, _strict_response_validation=True)
+    answer = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, temperature=0, max_tokens=32, logprobs=True, top_logprobs=2
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    tokens = logprobs.content or []
+    text = answer.choices[0].message.content
+    assert bytes(byte for token in tokens for byte in token.bytes or []).decode() == text
+    assert all(token.top_logprobs[0].token == token.token for token in tokens)
+    assert all(token.top_logprobs[0].logprob == token.logprob <= 0 for token in tokens)
+    request = {"model": MODEL, "prompt": "one one one one one one one", "temperature": 0, "max_tokens": 8}
+    plain = client.completions.create(**request).choices[0].text
+    varied = client.completions.create(**request, extra_body={"repetition_penalty": 5}).choices[0].text
+    assert varied != plain
+
+
 def test_a_long_prompt_is_prefilled_in_chunks(pod: LocalPod) -> None:
     prompt = "The quick brown fox jumps over the lazy dog. " * 120
     done = pod.client(1).completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=8)
