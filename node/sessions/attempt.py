@@ -62,6 +62,7 @@ class Attempt:
         self._subscription = subscription
         self._receipts = receipts
         self._gone: set[bytes] = set()
+        self._is_closed = False
 
     @property
     def num_signed_tokens(self) -> int:
@@ -169,8 +170,8 @@ class Attempt:
 
         A stage that is gone or gave up is settled at what it signed last; it can claim the rest itself.
         """
-        self._send_receipts(num_output_tokens)
-        self.close_stages()
+        if not self._is_closed:
+            self.stop(num_output_tokens)
         waiting_for = {stage.node: index for index, stage in enumerate(self.terms.route)}
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CO_SIGN_TIMEOUT_S):
@@ -185,6 +186,13 @@ class Attempt:
             for node, index in waiting_for.items()
             if node not in self._gone and not self._receipts.is_co_signed(index)
         }
+
+    def stop(self, num_output_tokens: int) -> None:
+        """Sign this many (none: nothing) and close every stage, once; their signatures are for later."""
+        self._is_closed = True
+        if num_output_tokens > 0:
+            self._send_receipts(num_output_tokens)
+        self.close_stages()
 
     def close_stages(self) -> None:
         for stage in self.terms.route:

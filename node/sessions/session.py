@@ -73,16 +73,17 @@ class HeadSession:
             if lost.code not in _FAILOVER or self._num_failovers > MAX_NUM_FAILOVERS:
                 self.failed = True
                 raise GenerationFailed(str(lost)) from None
-        self._attempt = None
-        self._earlier.append(self._end(attempt, attempt.num_tokens, False))
-        self._num_tokens_before = len(self.token_ids)
+        # At once, for its KV may be the very room that the next one waits for.
+        attempt.stop(attempt.num_tokens)
         self.num_attempts += 1
         try:
-            self._attempt = await self._replay(tuple(self.token_ids), lost.suspect)
+            following = await self._replay(tuple(self.token_ids), lost.suspect)
         except NoRoute as problem:
             self.failed = True
             raise GenerationFailed(f"{lost}; {problem}") from None
-        self._last_attempt = self._attempt
+        self._earlier.append(self._end(attempt, attempt.num_tokens, False))
+        self._num_tokens_before = len(self.token_ids)
+        self._attempt = self._last_attempt = following
 
     async def settle(self, num_output_tokens: int) -> Usage:
         """End the session: settled at `num_output_tokens` or what is signed; voided at 0 or if it failed.

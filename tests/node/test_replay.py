@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from ledger.entry import HoldSettled
-from node.gateway.backend import NoRoute
+from ledger.entry import HoldOpened, HoldSettled, HoldVoided
+from node.gateway.backend import GenerationFailed, NoRoute
 from node.links.frames import Sampling, Stage
 from tests.engine.ring import GREEDY, Ring, wait_until
 from tests.engine.tiny import VOCAB_SIZE, TinyModel, make_tiny
@@ -101,6 +101,28 @@ async def test_a_lost_stage_is_replaced_and_the_text_goes_on(llama: TinyModel) -
         head.close()
 
 
+async def test_with_nobody_to_take_over_the_request_fails_and_costs_nothing(llama: TinyModel) -> None:
+    with Ring(llama.package, (2,)) as ring:
+        head = RingHead(ring)
+        session = await head.open(make_prompts(1, 20)[0], replace(GREEDY, max_num_output_tokens=300))
+        num_tokens = 0
+
+        async def read() -> None:
+            nonlocal num_tokens
+            async for _ in session.tokens():
+                num_tokens += 1
+                if num_tokens == 100:
+                    await asyncio.to_thread(ring.engines[1].stop)
+
+        async with asyncio.timeout(TIMEOUT_S):
+            with pytest.raises(GenerationFailed, match=r"the stage \["):
+                await read()
+            usage = await session.settle(num_tokens)
+        assert usage.num_output_tokens == 0
+        assert [type(entry) for entry in head.entries()] == [HoldOpened, HoldVoided]
+        head.close()
+
+
 async def test_cancelled_in_the_pause_nothing_stays_open(llama: TinyModel) -> None:
     with Ring(llama.package, (2,)) as ring:
         head = RingHead(ring)
@@ -114,7 +136,7 @@ async def test_cancelled_in_the_pause_nothing_stays_open(llama: TinyModel) -> No
                 pausing.set()
             return find_route(model, avoided)
 
-        head.head._find_route = find_later
+        head.head._opener._find_route = find_later
 
         async def read() -> None:
             async for token in session.tokens():

@@ -1,0 +1,109 @@
+"""The holds of a head: opened before work begins, each settled or voided once, whoever stops waiting.
+
+Knows the ledger and what an attempt gave; routes and stages are the opener's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import replace
+from typing import Any
+
+from ledger.entry import HoldOpened, HoldSettled, HoldVoided, VoidReason
+from node.gateway.backend import Usage
+from node.ledger_thread import LedgerThread
+from node.sessions.attempt import Attempt
+from node.sessions.authorization import Authorize
+from node.sessions.terms import SessionTerms
+
+# The hold outlives the session, so that a stage never works against an expired one.
+HOLD_GRACE_S = 60
+
+
+class Holds:
+    def __init__(self, node: bytes, ledger: LedgerThread) -> None:
+        self._node = node
+        self._ledger = ledger
+        self._endings: set[asyncio.Task[Usage]] = set()
+
+    async def open(self, terms: SessionTerms, authorize: Authorize | None) -> None:
+        """Open the hold. Whoever stops waiting leaves none open: what was queued is written, then voided."""
+        hold = HoldOpened(
+            session=terms.session,
+            payer=terms.payer,
+            key_id=terms.key_id,
+            model=terms.model,
+            amount_microcredits=terms.worst_case_microcredits(),
+            expires_at_ms=terms.deadline_ms + HOLD_GRACE_S * 1000,
+            rate_card_version=terms.rate_card.version,
+        )
+        if authorize is not None:
+            hold = replace(hold, authorization=authorize(hold))
+        opening = asyncio.ensure_future(self._ledger.append(hold))
+        try:
+            await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            await self._own(self._void_after(opening, terms.session))
+            raise
+
+    async def _void_after(self, opening: asyncio.Future[Any], session: bytes) -> Usage:
+        await asyncio.wait([opening])
+        if opening.exception() is None:
+            await self._ledger.append(HoldVoided(session, VoidReason.CANCELLED))
+        return Usage(0, 0, 0)
+
+    async def void(self, session: bytes) -> None:
+        await self._own(self._void(session))
+
+    async def _void(self, session: bytes) -> Usage:
+        await self._ledger.append(HoldVoided(session, VoidReason.FAILED))
+        return Usage(0, 0, 0)
+
+    def end(self, attempt: Attempt, num_output_tokens: int, failed: bool) -> asyncio.Future[Usage]:
+        """Settle what was delivered, or void; see `HeadSession.settle`."""
+        return self._start(self._finish(attempt, num_output_tokens, failed))
+
+    async def _finish(self, attempt: Attempt, num_output_tokens: int, failed: bool) -> Usage:
+        terms = attempt.terms
+        # A stage signs no count below its last one: what was signed is the least that is settled.
+        num_output_tokens = max(num_output_tokens, attempt.num_signed_tokens)
+        try:
+            if failed or num_output_tokens == 0:
+                attempt.close_stages()
+                reason = VoidReason.FAILED if failed else VoidReason.CANCELLED
+                await self._ledger.append(HoldVoided(terms.session, reason))
+                return Usage(0, 0, 0)
+            receipts = await attempt.collect_receipts(num_output_tokens)
+            num_prompt_tokens, num_cached_tokens = terms.num_charged_prompt_tokens, attempt.num_cached_tokens
+            settled = HoldSettled(
+                terms.session, num_prompt_tokens, num_cached_tokens, num_output_tokens, receipts
+            )
+            await self._ledger.append(settled)
+            return Usage(num_prompt_tokens, num_cached_tokens, num_output_tokens)
+        finally:
+            attempt.release()
+
+    async def _own(self, work: Coroutine[Any, Any, Usage]) -> Usage:
+        """Run to the end even if the caller is cancelled: books are never left half written."""
+        return await asyncio.shield(self._start(work))
+
+    def _start(self, work: Coroutine[Any, Any, Usage]) -> asyncio.Task[Usage]:
+        task = asyncio.create_task(work)
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
+        return task
+
+    async def recover(self) -> int:
+        """Void the holds that this node's earlier life left open. Returns how many."""
+        mine = await self._ledger.run(
+            lambda ledger: [hold for hold in ledger.open_holds() if hold.author == self._node]
+        )
+        for hold in mine:
+            await self._ledger.append(HoldVoided(hold.session, VoidReason.FAILED))
+        return len(mine)
+
+    async def close(self, timeout_s: float) -> None:
+        """Wait for endings that are being written."""
+        if self._endings:
+            await asyncio.wait(set(self._endings), timeout=timeout_s)
