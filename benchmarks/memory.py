@@ -1,0 +1,45 @@
+"""What an engine process keeps in memory after 16 streams and a long prompt: is it what was promised?
+
+The node is told how much memory weights and KV cache may take; what it does not keep for the KV cache does
+not count as allowed.
+"""
+
+from __future__ import annotations
+
+from benchmarks import pods
+from benchmarks.bench import Bench, Peer
+from benchmarks.report import Goal, Line
+
+SECTION = "memory"
+BUDGET_BYTES = 512 << 20
+OVERHEAD_BYTES = 450 << 20
+MIB = 1 << 20
+
+
+def run(bench: Bench) -> None:
+    bench.say("starting a pod of one node with a memory limit")
+    with pods.pod(1, pods.num_cores(), options=("--memory", f"{BUDGET_BYTES}B")) as pod:
+        _work(bench, pod)
+        engine = pod.nodes[0].engine()
+        resident = engine.memory_info().rss
+        # Memory-mapped weight files can be dropped at any time, yet they count as resident.
+        weights = pod.nodes[0].pod("status")["models"][0]["num_weight_bytes"]
+    llama = bench.peers("llama.cpp")["llama.cpp"]
+    what = "engine process, resident, after 16 streams and a prompt of 2048"
+    allowed = (BUDGET_BYTES + OVERHEAD_BYTES) / MIB
+    note = f"weights {weights / MIB:.0f} MiB"
+    limit = Goal(1.0, at_least=False)
+    peer = f"weights + KV budget ({BUDGET_BYTES // MIB} MiB) + {OVERHEAD_BYTES // MIB} MiB"
+    bench.add(Line(SECTION, what, "MiB", (resident / MIB,), peer, (allowed,), limit, note=note))
+    if isinstance(llama, Peer):
+        _work(bench, llama)
+        theirs = (llama.process.memory_bytes() / MIB,)
+        bench.add(Line(SECTION, what, "MiB", (resident / MIB,), "llama.cpp", theirs))
+    else:
+        bench.add(Line(SECTION, what, "MiB", (resident / MIB,), "llama.cpp", missing=str(llama)))
+
+
+def _work(bench: Bench, system: pods.Pod | Peer) -> None:
+    bench.prompts.start(-1)
+    system.decode(bench.prompts.many(16, 32), 32)
+    system.decode([bench.prompts.one(2048)], 8)
