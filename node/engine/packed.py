@@ -91,20 +91,14 @@ class PackedWeight:
 def from_float(weight_NK: Tensor, bits: int) -> PackedWeight:
     """Quantize; besides the result it holds floats of a few rows. A NaN or infinity makes its scale one."""
     assert can_pack(tuple(weight_NK.shape)), weight_NK.shape
-    pack = {4: _pack4, 8: _pack8}[bits]
     num_rows, num_columns = weight_NK.shape
     step = max(1, _CHUNK_VALUES // num_columns)
     parts = [
-        pack(weight_NK[start : start + step].float().view(-1, num_columns // GROUP, GROUP))
+        (_quantize4 if bits == 4 else _quantize8)(weight_NK[start : start + step])
         for start in range(0, num_rows, step)
     ]
-    minima = [part.minima for part in parts if part.minima is not None]
-    return PackedWeight(
-        bits,
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.scales for part in parts]),
-        torch.cat(minima) if minima else None,
-    )
+    codes, scales, minima = (torch.cat(same) for same in zip(*parts, strict=True))
+    return PackedWeight(bits, codes, scales, minima if bits == 4 else None)
 
 
 def from_gguf(raw: np.ndarray, encoding: str, shape: tuple[int, int]) -> PackedWeight:
@@ -134,49 +128,58 @@ def _halves(pairs: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pairs).view(np.float16)[..., 0].copy())
 
 
-def _pack8(values_NGI: Tensor) -> PackedWeight:
-    scales = (values_NGI.abs().amax(-1) / 127).half()
-    codes = _codes(values_NGI, scales, torch.zeros_like(scales), -127, 127).to(torch.int8)
-    return PackedWeight(8, codes.flatten(1), scales, None)
+Parts = tuple[Tensor, Tensor, Tensor]
+"""Codes, scales and minima of a few rows."""
 
 
-def _pack4(values_NGI: Tensor) -> PackedWeight:
-    """From the range of each group, then least squares over its codes, as often as that lessens the error."""
-    low, high = values_NGI.amin(-1), values_NGI.amax(-1)
+def _quantize8(rows_NK: Tensor) -> Parts:
+    values_IG = _grouped(rows_NK)
+    scales = (values_IG.abs().amax(0) / 127).half()
+    codes = _codes(values_IG, scales, torch.zeros_like(scales), -127, 127).to(torch.int8)
+    num_rows, num_columns = rows_NK.shape
+    return codes.T.reshape(num_rows, num_columns), scales.view(num_rows, -1), scales[:0]
+
+
+def _quantize4(rows_NK: Tensor) -> Parts:
+    """From the range of each group, then least squares over its codes, where that lessens the error."""
+    values_IG = _grouped(rows_NK)
+    low, high = values_IG.aminmax(dim=0)
     scales, minima = ((high - low) / 15).half(), low.half()
-    codes = _codes(values_NGI, scales, minima, 0, 15)
-    error = _squared_error(values_NGI, codes, scales, minima)
+    codes = _codes(values_IG, scales, minima, 0, 15)
+    error = _squared_error(values_IG, codes, scales, minima)
     for _ in range(_NUM_REFITS):
-        new_scales, new_minima = _refit(values_NGI, codes)
-        new_codes = _codes(values_NGI, new_scales, new_minima, 0, 15)
-        new_error = _squared_error(values_NGI, new_codes, new_scales, new_minima)
+        new_scales, new_minima = _refit(values_IG, codes)
+        new_codes = _codes(values_IG, new_scales, new_minima, 0, 15)
+        new_error = _squared_error(values_IG, new_codes, new_scales, new_minima)
         is_better = new_error < error
-        codes = torch.where(is_better[..., None], new_codes, codes)
-        scales, minima = (
-            torch.where(is_better, new_scales, scales),
-            torch.where(is_better, new_minima, minima),
-        )
+        codes = torch.where(is_better, new_codes, codes)
+        scales = torch.where(is_better, new_scales, scales)
+        minima = torch.where(is_better, new_minima, minima)
         error = torch.minimum(error, new_error)
     whole = codes.to(torch.uint8)
-    return PackedWeight(4, (whole[..., :_HALF] | whole[..., _HALF:] << 4).flatten(1), scales, minima)
+    num_rows = len(rows_NK)
+    pairs = (whole[:_HALF] | whole[_HALF:] << 4).T.reshape(num_rows, -1)
+    return pairs, scales.view(num_rows, -1), minima.view(num_rows, -1)
 
 
-def _codes(values_NGI: Tensor, scales_NG: Tensor, minima_NG: Tensor, least: int, most: int) -> Tensor:
-    """With the scales as they are stored, so that their rounding is made good for."""
-    scales = scales_NG.float()[..., None]
-    shifted = values_NGI - minima_NG.float()[..., None]
-    codes = torch.where(scales == 0, 0, shifted / scales).round_().clamp_(least, most)
-    return codes.nan_to_num_(0.0)
+def _grouped(rows_NK: Tensor) -> Tensor:
+    """float32 `[32, groups]`: sums over a group then run over whole vectors of groups."""
+    return rows_NK.float().reshape(-1, GROUP).T.contiguous()
 
 
-def _squared_error(values_NGI: Tensor, codes_NGI: Tensor, scales_NG: Tensor, minima_NG: Tensor) -> Tensor:
-    stored = codes_NGI * scales_NG.float()[..., None] + minima_NG.float()[..., None]
-    return (stored - values_NGI).square_().sum(-1)
+def _codes(values_IG: Tensor, scales_G: Tensor, minima_G: Tensor, least: int, most: int) -> Tensor:
+    """In float32, with the scales as they are stored, so that their rounding is made good for."""
+    steps = torch.where(scales_G == 0, 0, 1 / scales_G.float())
+    return (values_IG - minima_G.float()).mul_(steps).round_().clamp_(least, most)
 
 
-def _refit(values_NGI: Tensor, codes_NGI: Tensor) -> tuple[Tensor, Tensor]:
-    mean_code, mean_value = codes_NGI.mean(-1), values_NGI.mean(-1)
-    code_offsets = codes_NGI - mean_code[..., None]
-    spread = code_offsets.square().sum(-1)
-    slope = (code_offsets * values_NGI).sum(-1) / spread.clamp_min(1e-9)
+def _squared_error(values_IG: Tensor, codes_IG: Tensor, scales_G: Tensor, minima_G: Tensor) -> Tensor:
+    stored = torch.addcmul(minima_G.float(), codes_IG, scales_G.float())
+    return stored.sub_(values_IG).square_().sum(0)
+
+
+def _refit(values_IG: Tensor, codes_IG: Tensor) -> tuple[Tensor, Tensor]:
+    mean_code, mean_value = codes_IG.mean(0), values_IG.mean(0)
+    offsets = codes_IG - mean_code
+    slope = (offsets * values_IG).sum(0) / offsets.square_().sum(0).clamp_min_(1e-9)
     return slope.half(), (mean_value - slope * mean_code).half()
