@@ -71,7 +71,7 @@ def model_add(
     as_json: AsJson = False,
 ) -> None:
     """Have the pod serve a model."""
-    dtype = _dtype(dtype, quantize)
+    dtype = chosen_dtype(dtype, quantize)
     if Path(ref).expanduser().exists():
         ref = str(Path(ref).expanduser().resolve())
     with show.LoadBars() as bars:
@@ -83,7 +83,7 @@ def model_add(
     )
 
 
-def _dtype(dtype: str, quantize: str | None) -> str:
+def chosen_dtype(dtype: str, quantize: str | None) -> str:
     if quantize is None:
         return dtype
     if quantize not in QUANTIZED_DTYPES:
