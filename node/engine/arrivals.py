@@ -17,8 +17,8 @@ from node.engine.admission import Admission
 from node.engine.dialler import Dial, Dialler
 from node.engine.endings import Endings
 from node.engine.events import EngineEvent, ReceiptHeld
+from node.engine.hidden_rows import are_finite, rows_tensor
 from node.engine.opening import Refusal, packed_ids
-from node.engine.outbox import rows_tensor
 from node.engine.session import BadFrame, StageSession
 from node.engine.session_book import SessionBook
 from node.links.frames import (
@@ -86,6 +86,7 @@ class Arrivals:
 
     def _hidden(self, peer: bytes, frame: HiddenBatch) -> None:
         rows_TD, row, now_s = rows_tensor(frame), 0, time.perf_counter()
+        is_sound = are_finite(rows_TD, frame.hidden_size)
         for item in frame.items:
             session = self._book.sessions.get(item.session)
             first, row = row, row + item.num_tokens
@@ -94,6 +95,10 @@ class Arrivals:
             if frame.hidden_size != session.loaded.manifest.hidden_size:
                 message = f"rows of {frame.hidden_size} values are not this model's"
                 self._endings.end(session, ErrorCode.BAD_FRAME, message)
+                continue
+            if not is_sound and not are_finite(rows_TD[first:row], frame.hidden_size):
+                # In a block of KV that another session is given later they would still do harm.
+                self._endings.end(session, ErrorCode.BAD_FRAME, "rows that are no numbers")
                 continue
             self._push(session, item.position, item.num_tokens, rows_TD, first, now_s)
 
@@ -177,7 +182,7 @@ class Arrivals:
             case SignReceipt():
                 self._sign_receipt(session, frame.receipt)
             case CloseSession():
-                self._endings.send_to_head(session.head, _timing(session))
+                self._endings.send_to_head(session.head, self._timing(session))
                 self._endings.forget(session, "")
 
     def _start(self, session: StageSession, num_cached_tokens: int) -> None:
@@ -215,12 +220,12 @@ class Arrivals:
             if session.head == head:
                 self._endings.forget(session, f"the head is gone: {reason}")
 
-
-def _timing(session: StageSession) -> StageTiming:
-    return StageTiming(
-        session.id,
-        session.opening.stage_index,
-        session.num_steps,
-        int(session.compute_s * 1e6),
-        int(session.queue_s * 1e6),
-    )
+    def _timing(self, session: StageSession) -> StageTiming:
+        return StageTiming(
+            session.id,
+            session.opening.stage_index,
+            session.num_steps,
+            int(session.compute_s * 1e6),
+            int(session.queue_s * 1e6),
+            0 if len(session.opening.route) == 1 else self._links.link_us(session.next_node),
+        )

@@ -65,8 +65,11 @@ class Engine:
         clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         limits: StepLimits | None = None,
         on_crash: Callable[[], None] = lambda: None,
+        hidden_bits: int = 16,
     ) -> None:
-        """`on_crash` is called when the loop cannot go on: nothing is served any more."""
+        """`on_crash` is called when the loop cannot go on: nothing is served any more. `hidden_bits`: how
+        hidden states travel to the next stage, 16 (as they are), 8, or 0 for 8 where the way is long.
+        """
         self._clock_ms = clock_ms
         self._limits = limits or StepLimits()
         self._on_crash = on_crash
@@ -97,7 +100,7 @@ class Engine:
             on_event,
             clock_ms,
         )
-        self._outbox = Outbox(self.links)
+        self._outbox = Outbox(self.links, hidden_bits)
         self._outputs = Outputs(self._outbox, self._arrivals.token)
 
     # What other threads ask for.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from node.engine.attention import PagedStep, Span
 from node.engine.group import Group
+from node.engine.hidden_rows import floats
 from node.engine.session import Slice
 
 
@@ -30,7 +31,7 @@ def run_layers(group: Group, parts: Sequence[Slice]) -> Tensor:
     if group.start_layer == 0:
         hidden_TD = shard.embed(torch.tensor(_ids(parts), device=shard.device))
     else:
-        hidden_TD = _rows(parts).to(shard.device, shard.dtype)
+        hidden_TD = _rows(parts, loaded.manifest.hidden_size).to(shard.device, shard.dtype)
     return shard.run(
         hidden_TD,
         torch.tensor(positions, device=shard.device),
@@ -48,19 +49,19 @@ def _ids(parts: Sequence[Slice]) -> list[int]:
     return ids
 
 
-def _rows(parts: Sequence[Slice]) -> Tensor:
+def _rows(parts: Sequence[Slice], hidden_size: int) -> Tensor:
     """A view where all rows stand one after another in one frame, else a copy."""
     pieces: list[Tensor] = []
     source, start, end = parts[0].source, parts[0].row, parts[0].row
     for part in parts:
         if part.source is not source or part.row != end:
-            pieces.append(_piece(source, start, end))
+            pieces.append(_piece(source, start, end, hidden_size))
             source, start = part.source, part.row
         end = part.row + part.num_tokens
-    pieces.append(_piece(source, start, end))
+    pieces.append(_piece(source, start, end, hidden_size))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def _piece(source: Sequence[int] | Tensor, start: int, end: int) -> Tensor:
+def _piece(source: Sequence[int] | Tensor, start: int, end: int, hidden_size: int) -> Tensor:
     assert isinstance(source, Tensor)
-    return source if start == 0 and end == len(source) else source[start:end]
+    return floats(source if start == 0 and end == len(source) else source[start:end], hidden_size)

@@ -10,19 +10,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
+from node.engine.hidden_rows import are_8_bits_due, hidden_batch
 from node.links.codec import FrameError
-from node.links.frames import Dtype, HiddenBatch, HiddenItem, Lane, TokenBatch, TokenItem
+from node.links.frames import HiddenBatch, HiddenItem, Lane, TokenBatch, TokenItem
 from node.links.port import LinkDown, LinkFull, StageLinks
-
-DTYPES = {
-    Dtype.FLOAT32: torch.float32,
-    Dtype.BFLOAT16: torch.bfloat16,
-    Dtype.FLOAT16: torch.float16,
-}
-_FRAME_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +33,10 @@ class _Rows:
 
 
 class Outbox:
-    def __init__(self, links: StageLinks) -> None:
+    def __init__(self, links: StageLinks, hidden_bits: int = 16) -> None:
+        """`hidden_bits` is how hidden states travel: 16, 8 or `AUTO_BITS`."""
         self._links = links
+        self._hidden_bits = hidden_bits
         self._hidden: dict[tuple[bytes, Lane, int], _Rows] = defaultdict(_Rows)
         self._to_first: dict[bytes, list[TokenItem]] = defaultdict(list)
         self._to_head: dict[bytes, list[TokenItem]] = defaultdict(list)
@@ -69,8 +64,9 @@ class Outbox:
                 self._links.send_to_head(head, TokenBatch(tuple(items)))
             except (LinkDown, LinkFull) as error:
                 lost.append(Lost(tuple(item.session for item in items), f"the head is unreachable: {error}"))
-        for (node, lane, hidden_size), batch in sorted(self._hidden.items(), key=lambda entry: entry[0][1]):
-            frame = _hidden_batch(batch.items, batch.rows, hidden_size)
+        for (node, lane, _), batch in sorted(self._hidden.items(), key=lambda entry: entry[0][1]):
+            is_8_bits = are_8_bits_due(self._hidden_bits, self._links.link_us(node))
+            frame = hidden_batch(batch.items, batch.rows, is_8_bits)
             self._send(node, frame, lane, batch.items, lost)
         self._hidden.clear()
         self._to_first.clear()
@@ -90,17 +86,3 @@ class Outbox:
         except (LinkDown, LinkFull, FrameError) as error:
             reason = f"the next stage is unreachable: {error}"
             lost.append(Lost(tuple(item.session for item in items), reason))
-
-
-def rows_tensor(frame: HiddenBatch) -> Tensor:
-    """`[tokens, hidden_size]` over the frame's own memory, which lives as long as the tensor."""
-    rows = frame.rows
-    writable = memoryview(rows) if not memoryview(rows).readonly else bytearray(rows)
-    return torch.frombuffer(writable, dtype=DTYPES[frame.dtype]).reshape(-1, frame.hidden_size)
-
-
-def _hidden_batch(items: Sequence[HiddenItem], rows: Sequence[Tensor], hidden_size: int) -> HiddenBatch:
-    """The rows leave as they lie in memory: a copy only when they lie apart."""
-    rows_TD = rows[0] if len(rows) == 1 else torch.cat(list(rows))
-    raw = rows_TD.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)
-    return HiddenBatch(tuple(items), _FRAME_DTYPES[rows_TD.dtype], hidden_size, raw.data)

@@ -81,8 +81,10 @@ class Ring:
         clock_ms: Callable[[], int] | None = None,
         caches_prefixes: bool = False,
         num_spares: int = 0,
+        hidden_bits: int = 16,
     ) -> None:
         self.package = package
+        self.hidden_bits = hidden_bits
         self.caches_prefixes = caches_prefixes
         self.network = MemoryNetwork()
         self.events: list[EngineEvent] = []
@@ -127,6 +129,7 @@ class Ring:
             self.events.append,
             **({"clock_ms": clock_ms} if clock_ms else {}),
             limits=limits,
+            hidden_bits=self.hidden_bits,
         )
         loaded = load(self.package, start, end, kv_tokens)
         engine.add_shard(loaded)
