@@ -6,6 +6,8 @@ Learned from the steps themselves; it says how much prefill fits beside decodes 
 from __future__ import annotations
 
 _WEIGHT = 0.2
+# Prefill that turns out slower than thought stalls others: believed sooner than good news.
+_BAD_NEWS_WEIGHT = 0.5
 # One step that took long for another reason (a busy machine) moves an estimate only so far.
 _MAX_RISE = 3.0
 _MIN_NUM_TOKENS = 4
@@ -33,8 +35,9 @@ class Pace:
         elif num_prefill_tokens >= _MIN_NUM_TOKENS:
             own_s = step_s - self.decode_s(num_decodes) if num_decodes else step_s
             per_token_s = max(own_s, 0.05 * step_s) / num_prefill_tokens
-            self.prefill_s_per_token = _mixed(self.prefill_s_per_token, per_token_s)
+            weight = _BAD_NEWS_WEIGHT if per_token_s > self.prefill_s_per_token else _WEIGHT
+            self.prefill_s_per_token = _mixed(self.prefill_s_per_token, per_token_s, weight)
 
 
-def _mixed(old: float, new: float) -> float:
-    return old + _WEIGHT * (min(new, _MAX_RISE * old) - old)
+def _mixed(old: float, new: float, weight: float = _WEIGHT) -> float:
+    return old + weight * (min(new, _MAX_RISE * old) - old)
