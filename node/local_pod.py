@@ -22,7 +22,11 @@ from node.errors import UserError
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 15.0
 COMMAND_TIMEOUT_S = 120.0
-LOOPBACK = ("--api", "127.0.0.1:0", "--listen", "127.0.0.1:0", "--data", "127.0.0.1:0", "--no-discover")
+# Nodes that share one machine leave its cores to serving.
+LOOPBACK = (
+    *("--api", "127.0.0.1:0", "--listen", "127.0.0.1:0", "--data", "127.0.0.1:0"),
+    *("--no-discover", "--no-compile"),
+)
 
 
 @dataclass

@@ -412,6 +412,7 @@ class NodeRuntime:
             device=self._settings.device,
             memory_bytes=self._settings.memory_bytes,
             log_path=self._home.path / "engine.log",
+            compile_dir=self._home.path / "compiled" if self._settings.compile else None,
         )
 
     async def _trust_engine(self, engine: EngineClient, certificates: tuple[bytes, ...]) -> None:

@@ -47,6 +47,7 @@ class NodeSettings:
     memory_bytes: int | None = None
     serve: bool = True
     discover: bool = True
+    compile: bool = True
     advertise_listen: str | None = None
     advertise_data: str | None = None
 

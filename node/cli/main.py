@@ -20,6 +20,7 @@ from node.cli.options import (
     AdvertiseListen,
     Api,
     AsJson,
+    Compile,
     Data,
     DeviceOption,
     Discover,
@@ -141,6 +142,7 @@ def join(
     device: DeviceOption = "auto",
     memory: Memory = None,
     discover: Discover = True,
+    compile_layers: Compile = True,
     as_json: AsJson = False,
 ) -> None:
     """Join a pod with an invite, then run this machine's node in the foreground."""
@@ -148,7 +150,17 @@ def join(
     from node.process import join_pod, run_node
 
     settings = node_settings(
-        api, listen, data, advertise, device, memory, discover, not no_serve, advertise_listen, advertise_data
+        api,
+        listen,
+        data,
+        advertise,
+        device,
+        memory,
+        discover,
+        not no_serve,
+        advertise_listen,
+        advertise_data,
+        compile_layers,
     )
     home = this_home()
     result = join_pod(home, invite, member or _login_name(), node_name or machine_name(), settings)
@@ -171,6 +183,7 @@ def up(
     memory: Memory = None,
     no_serve: NoServe = False,
     discover: Discover = True,
+    compile_layers: Compile = True,
     as_json: AsJson = False,
 ) -> None:
     """Run this machine's node in the foreground until Ctrl-C."""
@@ -179,7 +192,17 @@ def up(
     home = this_home()
     require_pod(home)
     settings = node_settings(
-        api, listen, data, advertise, device, memory, discover, not no_serve, advertise_listen, advertise_data
+        api,
+        listen,
+        data,
+        advertise,
+        device,
+        memory,
+        discover,
+        not no_serve,
+        advertise_listen,
+        advertise_data,
+        compile_layers,
     )
     run_node(home, settings, as_json)
 

@@ -90,6 +90,14 @@ Discover = Annotated[
         "--discover/--no-discover", envvar="POD_DISCOVER", help="Find nodes of this pod on the LAN (mDNS)."
     ),
 ]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile/--no-compile",
+        envvar="POD_COMPILE",
+        help="Compile layers in the background where that makes them faster.",
+    ),
+]
 
 
 def node_settings(
@@ -103,6 +111,7 @@ def node_settings(
     serve: bool = True,
     advertise_listen: str | None = None,
     advertise_data: str | None = None,
+    compile_layers: bool = True,
 ) -> NodeSettings:
     if device not in DEVICES:
         raise UserError(f"--device must be one of {', '.join(DEVICES)} (got {device!r})")
@@ -121,6 +130,7 @@ def node_settings(
         memory_bytes=parse_memory(memory) if memory else None,
         serve=serve,
         discover=discover,
+        compile=compile_layers,
         advertise_listen=advertise_listen,
         advertise_data=advertise_data,
     )

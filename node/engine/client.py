@@ -58,7 +58,9 @@ class EngineError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """None: the engine decides. `log_path` takes the engine's stderr; None leaves it with the node's."""
+    """None: the engine decides. `log_path` takes the engine's stderr; None leaves it with the node's.
+    `compile_dir` keeps compiled layers; None: none are compiled.
+    """
 
     node_key_path: Path
     pod: bytes
@@ -67,6 +69,7 @@ class EngineConfig:
     memory_bytes: int | None = None
     num_threads: int | None = None
     log_path: Path | None = None
+    compile_dir: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,6 +347,7 @@ def _configure(config: EngineConfig) -> Configure:
         config.device,
         config.memory_bytes or 0,
         config.num_threads or 0,
+        str(config.compile_dir or ""),
     )
 
 

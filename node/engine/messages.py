@@ -25,7 +25,9 @@ class MessageError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Configure:
-    """The first command. Empty `memory_bytes` and `num_threads` (0): the engine decides."""
+    """The first command. Empty `memory_bytes` and `num_threads` (0): the engine decides. `compile_dir` keeps
+    compiled layers; empty: none are compiled.
+    """
 
     node_key_path: str
     pod: bytes
@@ -33,6 +35,7 @@ class Configure:
     device: str
     memory_bytes: int
     num_threads: int
+    compile_dir: str
 
 
 @dataclass(frozen=True, slots=True)

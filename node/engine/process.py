@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from ledger.rate_card import RateCard, RateCardError
+from node.engine.compile import LayerCompiler
 from node.engine.device import (
     choose_device,
     default_memory_bytes,
@@ -56,6 +57,7 @@ from node.engine.messages import (
 )
 from node.engine.native.build import COMPILE_TIMEOUT_S, kernels_or_none
 from node.engine.provision import provision
+from node.engine.shard import Shard
 from node.engine.weight_plan import plan_weights
 from node.errors import UserError
 from node.links.tls_links import TlsLinks
@@ -134,6 +136,9 @@ class EngineProcess:
             kernels_or_none
         )
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-load")
+        self._compiler = (
+            LayerCompiler(Path(config.compile_dir), torch.get_num_threads()) if config.compile_dir else None
+        )
 
     def run(self) -> None:
         """Until the node process says stop, or is gone."""
@@ -150,6 +155,8 @@ class EngineProcess:
         while (command := self._pipe.read()) is not None and not isinstance(command, Stop):
             self._obey(command)
         self._engine.stop()
+        if self._compiler is not None:
+            self._compiler.close()
         if isinstance(command, Stop):
             self._pipe.send_last(Done(command.request))
 
@@ -216,6 +223,8 @@ class EngineProcess:
         )
         self._used_bytes += _used_by(loaded)
         self._engine.add_shard(loaded)
+        if self._compiler is not None and isinstance(loaded.shard, Shard):
+            self._compiler.submit(loaded.shard, Path(order.model_dir))
         return _ready(order.request, loaded, plan.weight_type)
 
     def _progress_of(self, request: int) -> Callable[[int, int], None]:

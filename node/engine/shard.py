@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from node.engine.attention import PagedStep, attend
+from node.engine.attention_op import attend_in_graph
+from node.engine.compiled_layer import CompiledLayer
 from node.engine.packed import PackedWeight
 from node.engine.packed_linear import packed_module
 from node.models.tensors import LAYER_PREFIX
 
 ATTENTION = "gpu_pod_paged"
+# On a CPU, compiled code keeps Python's lock for a whole layer: of longer inputs, the links would feel it.
+MAX_NUM_COMPILED_ROWS = 64
 
 
 class Shard:
@@ -47,6 +51,7 @@ class Shard:
         is_last = end_layer == config.num_hidden_layers
         self._norm: nn.Module | None = base.norm if is_last else None
         self._head: nn.Module | None = model.lm_head if is_last else None
+        self._compiled: dict[bool, dict[int, CompiledLayer]] = {True: {}, False: {}}
         self._has_rope_per_layer_type = "layer_type" in inspect.signature(self._rotary.forward).parameters
         self._final_softcap: float | None = getattr(config, "final_logit_softcapping", None)
         _materialise_buffers(model, [self._rotary, *self._layers, self._embedding], device)
@@ -126,20 +131,54 @@ class Shard:
     def run(self, hidden_TD: Tensor, positions_T: Tensor, step: PagedStep, start: int, end: int) -> Tensor:
         """Layers `[start, end)` over the packed row; keys and values go to the step's cache."""
         hidden, position_ids = hidden_TD[None], positions_T[None]
-        rope: dict[str | None, object] = {}
-        for layer in self._layers[start - self.start_layer : end - self.start_layer]:
-            kind = layer.self_attn.layer_type if self._has_rope_per_layer_type else None
-            if kind not in rope:
-                named = {"layer_type": kind} if self._has_rope_per_layer_type else {}
-                rope[kind] = self._rotary(hidden, position_ids, **named)
-            hidden = layer(
+        ropes: dict[str | None, tuple[Tensor, Tensor]] = {}
+        num_rows = len(hidden_TD)
+        compiled = self._compiled[num_rows == 1]
+        if self.device.type == "cpu" and num_rows > MAX_NUM_COMPILED_ROWS:
+            compiled = {}
+        for layer in range(start, end):
+            kind = self._rope_kind(layer)
+            if kind not in ropes:
+                ropes[kind] = self.rope(layer, hidden, position_ids)
+            if layer in compiled:
+                hidden = compiled[layer](hidden, ropes[kind], step)
+            else:
+                hidden = self.run_eagerly(layer, hidden, position_ids, ropes[kind], step)
+        return hidden[0]
+
+    def run_eagerly(
+        self, layer: int, hidden: Tensor, position_ids: Tensor, rope: tuple[Tensor, Tensor], step: PagedStep
+    ) -> Tensor:
+        """One layer over `hidden` `[1, T, D]`, as transformers' own module."""
+        return torch.as_tensor(
+            self._layers[layer - self.start_layer](
                 hidden,
                 attention_mask=None,
                 position_ids=position_ids,
-                position_embeddings=rope[kind],
+                position_embeddings=rope,
                 paged=step,
             )
-        return hidden[0]
+        )
+
+    def rope(self, layer: int, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the rotary embedding at the positions `[1, T]`."""
+        kind = self._rope_kind(layer)
+        named = {} if kind is None else {"layer_type": kind}
+        cos, sin = self._rotary(hidden, position_ids, **named)
+        return cos, sin
+
+    def _rope_kind(self, layer: int) -> str | None:
+        """What its rotary embedding depends on, beside the positions."""
+        if not self._has_rope_per_layer_type:
+            return None
+        return str(self._layers[layer - self.start_layer].self_attn.layer_type)
+
+    def set_compiled(self, is_one_row: bool, layer: CompiledLayer) -> None:
+        """From the next step on, for steps of one row or of several. From any thread."""
+        self._compiled[is_one_row][layer.layer] = layer
+
+    def compiled_layers(self, is_one_row: bool) -> set[int]:
+        return set(self._compiled[is_one_row])
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """`[B, vocabulary]` in float32."""
@@ -170,13 +209,18 @@ def _paged_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    paged: PagedStep,
+    paged: PagedStep | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """`query` `[1, H, T, D]`, `key` and `value` `[1, K, T, D]` -> `[1, T, H, D]`; transformers' interface."""
+    """`query` `[1, H, T, D]`, `key` and `value` `[1, K, T, D]` -> `[1, T, H, D]`; transformers' interface.
+
+    Without a step, the layer is being compiled.
+    """
+    if paged is None:
+        return attend_in_graph(query, key, value, scaling, sliding_window, softcap), None
     layer = module.layer_idx
     assert isinstance(layer, int)
     keys_KSD, values_KSD = paged.write(layer, key[0], value[0])
