@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
@@ -34,6 +34,7 @@ from node.links.frames import (
     StageTiming,
     StartSession,
     TokenBatch,
+    TokenItem,
 )
 from node.links.port import LinkDown, StageLinks
 
@@ -80,9 +81,9 @@ class Arrivals:
             case _:
                 log.warning("a %s is nothing a stage takes", type(frame).__name__)
 
-    def token(self, session: StageSession, position: int, token_id: int) -> None:
-        """The next input of a session that is here alone."""
-        self._push(session, position, 1, (token_id,), 0, time.perf_counter())
+    def picked(self, session: StageSession, position: int, token_ids: Sequence[int]) -> None:
+        """Tokens of a session that is here alone: its next input."""
+        self._go_on(session, position, token_ids, time.perf_counter())
 
     def _hidden(self, peer: bytes, frame: HiddenBatch) -> None:
         rows_TD, row, now_s = rows_tensor(frame), 0, time.perf_counter()
@@ -100,18 +101,34 @@ class Arrivals:
                 # In a block of KV that another session is given later they would still do harm.
                 self._endings.end(session, ErrorCode.BAD_FRAME, "rows that are no numbers")
                 continue
-            self._push(session, item.position, item.num_tokens, rows_TD, first, now_s)
+            self._push(session, item.position, item.num_tokens, rows_TD, first, now_s, item.draft_ids)
 
     def _tokens(self, peer: bytes, frame: TokenBatch) -> None:
         now_s = time.perf_counter()
-        for item in frame.items:
-            session = self._book.sessions.get(item.session)
+        for session_id, (position, token_ids) in _runs(frame.items).items():
+            session = self._book.sessions.get(session_id)
             if session is None or not session.is_first_stage or session.previous_node != peer:
                 continue
-            if not 0 <= item.token_id < session.loaded.manifest.vocab_size or not session.has_begun:
-                self._endings.end(session, ErrorCode.BAD_FRAME, "that token cannot be")
+            try:
+                session.confirm(position, token_ids)
+            except BadFrame as error:
+                self._endings.end(session, ErrorCode.BAD_FRAME, str(error))
                 continue
-            self._push(session, item.position, 1, (item.token_id,), 0, now_s)
+            self._go_on(session, position, token_ids, now_s)
+
+    def _go_on(
+        self, session: StageSession, position: int, token_ids: Sequence[int], arrived_s: float
+    ) -> None:
+        """The first stage's next input: the last token that was picked, and guesses of what follows it."""
+        source: Sequence[int] = token_ids[-1:]
+        draft_ids: tuple[int, ...] = ()
+        position += len(token_ids) - 1
+        speculation = session.speculation
+        if speculation is not None and not session.is_set_aside:
+            speculation.tokens_came(token_ids, len(session.draft_ids), arrived_s)
+            draft_ids = speculation.propose(session.pass_costs(), session.num_spare_rows(position))
+            source = (*source, *draft_ids)
+        self._push(session, position, len(source), source, 0, arrived_s, draft_ids)
 
     def _push(
         self,
@@ -121,12 +138,13 @@ class Arrivals:
         source: Sequence[int] | Tensor,
         row: int,
         arrived_s: float,
+        draft_ids: tuple[int, ...] = (),
     ) -> None:
         if session.is_set_aside:
             return
         is_first = not session.has_begun
         try:
-            session.push(position, num_tokens, source, row, arrived_s)
+            session.push(position, num_tokens, source, row, arrived_s, draft_ids)
         except BadFrame as error:
             self._endings.end(session, ErrorCode.BAD_FRAME, str(error))
             return
@@ -192,6 +210,7 @@ class Arrivals:
             message = "a session begins before the end of its prompt"
             self._endings.end(session, ErrorCode.BAD_FRAME, message)
             return
+        session.speculate_after(prompt_ids)
         now_s = time.perf_counter()
         self._push(session, num_cached_tokens, num_tokens, prompt_ids, num_cached_tokens, now_s)
 
@@ -229,3 +248,13 @@ class Arrivals:
             int(session.queue_s * 1e6),
             0 if len(session.opening.route) == 1 else self._links.link_us(session.next_node),
         )
+
+
+def _runs(items: Iterable[TokenItem]) -> dict[bytes, tuple[int, list[int]]]:
+    """By session: where its first token stands, and its tokens. Items after a gap are left out."""
+    runs: dict[bytes, tuple[int, list[int]]] = {}
+    for item in items:
+        position, token_ids = runs.setdefault(item.session, (item.position, []))
+        if item.position == position + len(token_ids):
+            token_ids.append(item.token_id)
+    return runs

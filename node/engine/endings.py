@@ -77,7 +77,11 @@ class Endings:
         meter = session.meter
         self._on_event(
             SessionEnded(
-                session.id, session.opening.model, meter.num_prompt_tokens, meter.num_output_tokens, reason
+                session.id,
+                session.opening.model,
+                meter.num_prompt_tokens,
+                meter.num_kept_output_tokens,
+                reason,
             )
         )
 

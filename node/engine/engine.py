@@ -101,7 +101,7 @@ class Engine:
             clock_ms,
         )
         self._outbox = Outbox(self.links, hidden_bits)
-        self._outputs = Outputs(self._outbox, self._arrivals.token)
+        self._outputs = Outputs(self._outbox, self._arrivals.picked)
 
     # What other threads ask for.
 

@@ -3,6 +3,11 @@
 A row at position p is prompt work when p is in the prompt, and yields an output token when p is the prompt's
 last or later: so every stage of a route counts the same, and no more than it computed. Prompt rows that were
 in the cache count as cached. A replay's prompt was paid for in an earlier session: none of it counts again.
+
+Rows of guesses count like others until the next input shows which came true; from then on the others never
+were. Of the last input's guesses only the head, which was sent the tokens, knows: a receipt may stand at any
+count up to all of them, which is at most that many tokens more than were kept. What is charged is what the
+head signs, and a head signs for the tokens it was sent.
 """
 
 from __future__ import annotations
@@ -36,22 +41,26 @@ class Meter:
         self.num_cached_tokens = 0
         self.num_output_tokens = 0
         self.num_signed_output_tokens = 0
+        self._num_open_drafts = 0
 
     def begin(self, num_cached_tokens: int) -> None:
         """The KV of the first `num_cached_tokens` is here already."""
         if not self._is_replay:
             self.num_prompt_tokens = self.num_cached_tokens = num_cached_tokens
 
-    def count(self, position: int, num_tokens: int) -> None:
-        """`num_tokens` rows from `position` on went through the layers."""
+    @property
+    def num_kept_output_tokens(self) -> int:
+        """Without the guesses that nobody has said came true."""
+        return max(self.num_output_tokens - self._num_open_drafts, self.num_signed_output_tokens)
+
+    def count(self, position: int, num_tokens: int, num_drafts: int = 0) -> None:
+        """`num_tokens` rows from `position` on went through the layers, the last `num_drafts` of guesses."""
         prompt_end = self._prompt_end
-        if position >= prompt_end:
-            self.num_output_tokens += num_tokens
-            return
         end = position + num_tokens
-        if not self._is_replay:
+        if position < prompt_end and not self._is_replay:
             self.num_prompt_tokens += min(end, prompt_end) - position
-        self.num_output_tokens += max(0, end - (prompt_end - 1))
+        self.num_output_tokens = max(0, end - (prompt_end - 1))
+        self._num_open_drafts = num_drafts
 
     def co_sign(self, raw: bytes, sign: Sign) -> bytes | None:
         """The receipt with this stage's signature; None for one that says nothing new.

@@ -1,12 +1,15 @@
-"""What comes out of a pass: rows for the next stage or, at the last one, a token per session.
+"""What comes out of a pass: rows for the next stage or, at the last one, tokens of each session.
 
-Which token is `sampling.py`'s business; frames are made in the outbox.
+A token is picked after each session's first row; after the row of a guess only if the guess is what was just
+picked. So the tokens are those that one row at a time would give. Which token is `sampling.py`'s business;
+frames are made in the outbox.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -16,8 +19,39 @@ from node.engine.sampling import Draw, Pick, Sampler, finish_reason
 from node.engine.session import Slice, StageSession
 from node.links.frames import FinishReason, HiddenItem, Lane, TokenItem
 
-Feed = Callable[[StageSession, int, int], None]
-"""`feed(session, position, token_id)`: the next input of a session that is here alone."""
+Feed = Callable[[StageSession, int, Sequence[int]], None]
+"""`feed(session, position, token_ids)`: what was picked for a session that is here alone."""
+
+
+@dataclass(slots=True)
+class _Picking:
+    """The row whose token is picked next, the `number`th that is of this session; what was picked so far."""
+
+    part: Slice
+    row: int
+    number: int = 0
+    items: list[TokenItem] = field(default_factory=list)
+
+    def draw(self) -> Draw:
+        session = self.part.session
+        opening = session.opening
+        num_own_prompt_tokens = opening.num_prompt_tokens - opening.num_output_tokens_before
+        position = self.part.end - len(self.part.draft_ids) + self.number
+        return Draw(opening.sampling, position, position - num_own_prompt_tokens, session.edits)
+
+    def take(self, draw: Draw, pick: Pick) -> bool:
+        """Whether the next row counts: it is of the token that was picked, and that was not the last."""
+        session, token_id = self.part.session, pick.token_id
+        reason = finish_reason(token_id, draw)
+        if session.edits is not None:
+            session.edits.add(token_id)
+        self.items.append(
+            TokenItem(session.id, draw.position, token_id, reason, pick.logprob, pick.top_logprobs)
+        )
+        session.is_finished = reason is not FinishReason.NONE
+        draft_ids, number = self.part.draft_ids, self.number
+        self.row, self.number = self.row + 1, number + 1
+        return not session.is_finished and number < len(draft_ids) and draft_ids[number] == token_id
 
 
 class Outputs:
@@ -44,60 +78,62 @@ class Outputs:
                 self._outbox.add_hidden(node, lane, items, hidden_TD[first:row])
                 items, first = [], row
             node, lane = session.next_node, own_lane
-            items.append(HiddenItem(session.id, part.position, part.num_tokens))
+            items.append(HiddenItem(session.id, part.position, part.num_tokens, part.draft_ids))
             row += part.num_tokens
         self._outbox.add_hidden(node, lane, items, hidden_TD[first:] if first else hidden_TD)
 
     def _sample(self, group: Group, parts: Sequence[Slice], hidden_TD: Tensor) -> list[StageSession]:
-        """A token for each session whose prompt is complete; the others only filled their KV."""
-        last_rows: list[int] = []
-        sampled: list[Slice] = []
-        row = -1
+        """Tokens for each session whose prompt is complete; the others only filled their KV."""
+        rows: list[int] = []
+        pickings: list[_Picking] = []
+        row = 0
         for part in parts:
             row += part.num_tokens
             if part.end >= part.session.num_prompt_tokens:
-                sampled.append(part)
-                last_rows.append(row)
-        if not sampled:
+                pickings.append(_Picking(part, len(rows)))
+                rows.extend(range(row - 1 - len(part.draft_ids), row))
+        if not pickings:
             return []
-        hidden_BD = hidden_TD if len(sampled) == len(hidden_TD) else hidden_TD[last_rows]
-        draws = [_draw(part) for part in sampled]
-        logits_BV = group.loaded.shard.logits(hidden_BD)
+        logits_BV = group.loaded.shard.logits(hidden_TD if len(rows) == len(hidden_TD) else hidden_TD[rows])
         broken: list[StageSession] = []
-        for part, draw, pick in zip(sampled, draws, self._sampler.sample(logits_BV, draws), strict=True):
-            if pick is None:
-                broken.append(part.session)
-            else:
-                self._token_picked(part.session, draw, pick)
+        while pickings:
+            pickings = self._pick(pickings, logits_BV, broken)
         return broken
 
-    def _token_picked(self, session: StageSession, draw: Draw, pick: Pick) -> None:
-        token_id = pick.token_id
-        reason = finish_reason(token_id, draw)
-        if session.edits is not None:
-            session.edits.add(token_id)
-        item = TokenItem(session.id, draw.position, token_id, reason, pick.logprob, pick.top_logprobs)
-        goes_on = reason is FinishReason.NONE
+    def _pick(
+        self, pickings: list[_Picking], logits_BV: Tensor, broken: list[StageSession]
+    ) -> list[_Picking]:
+        """One token each; who goes on to its next row."""
+        draws = [picking.draw() for picking in pickings]
+        if len(pickings) < len(logits_BV):
+            logits_BV = logits_BV[[picking.row for picking in pickings]]
+        going_on: list[_Picking] = []
+        for picking, draw, pick in zip(pickings, draws, self._sampler.sample(logits_BV, draws), strict=True):
+            if pick is None:
+                broken.append(picking.part.session)
+            elif picking.take(draw, pick):
+                going_on.append(picking)
+            else:
+                self._tell(picking.part.session, picking.items)
+        return going_on
+
+    def _tell(self, session: StageSession, items: Sequence[TokenItem]) -> None:
         is_alone = session.is_first_stage
-        self._outbox.add_token(session.head, session.next_node if goes_on and not is_alone else None, item)
+        goes_on = not session.is_finished
+        first_stage = session.next_node if goes_on and not is_alone else None
+        for item in items:
+            self._outbox.add_token(session.head, first_stage, item)
         if goes_on and is_alone:
-            self._feed(session, draw.position, token_id)
-        session.is_finished = not goes_on
-
-
-def _draw(part: Slice) -> Draw:
-    opening = part.session.opening
-    num_own_prompt_tokens = opening.num_prompt_tokens - opening.num_output_tokens_before
-    return Draw(opening.sampling, part.end, part.end - num_own_prompt_tokens, part.session.edits)
+            self._feed(session, items[0].position, [item.token_id for item in items])
 
 
 def account(parts: Sequence[Slice], started_s: float) -> None:
     """What a pass that began at `started_s` did for each session."""
     compute_s = time.perf_counter() - started_s
-    num_decodes = num_prefill_tokens = 0
+    num_decodes = num_prefill_tokens = num_drafts = 0
     for part in parts:
         session = part.session
-        session.meter.count(part.position, part.num_tokens)
+        session.meter.count(part.position, part.num_tokens, len(part.draft_ids))
         session.num_steps += 1
         session.compute_s += compute_s
         session.queue_s += max(0.0, started_s - part.arrived_s)
@@ -106,4 +142,7 @@ def account(parts: Sequence[Slice], started_s: float) -> None:
             session.cache_prompt_blocks(part.end)
         else:
             num_decodes += 1
-    parts[0].session.group.pace.learn(num_decodes, num_prefill_tokens, compute_s)
+            num_drafts += len(part.draft_ids)
+            if session.speculation is not None and not session.is_last_stage:
+                session.speculation.pass_began(started_s)
+    parts[0].session.group.pace.learn(num_decodes, num_prefill_tokens, compute_s, num_drafts)

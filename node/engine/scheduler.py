@@ -16,7 +16,9 @@ from node.engine.session import Slice, StageSession
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """Beside decodes, a step takes at least `min_num_prefill_tokens`, however long they take."""
+    """A guess takes a session's place among the decodes. Beside those, a step takes at least
+    `min_num_prefill_tokens`, however long they take.
+    """
 
     max_num_decode_sessions: int = 256
     max_num_prefill_tokens: int = 256
@@ -34,6 +36,7 @@ def schedule(
     At most one slice per session, decodes first. Empty when all that waits, waits for room at a next hop.
     """
     batch: list[Slice] = []
+    num_decode_rows = 0
     prefilling: list[StageSession] = []
     num_left: dict[Group, int] = {}
     for session in ready:
@@ -44,9 +47,11 @@ def schedule(
         num = num_left.get(group, -1)
         if num < 0:
             num = group.max_num_decodes
-        if num > 0 and len(batch) < limits.max_num_decode_sessions:
+        if num > 0 and num_decode_rows < limits.max_num_decode_sessions:
             num -= 1
-            batch.append(session.waiting.popleft())
+            part = session.waiting.popleft()
+            num_decode_rows += part.num_tokens
+            batch.append(part)
         num_left[group] = num
     if prefilling:
         _add_prefill(batch, prefilling, seconds_beside_decodes(groups), limits, can_send_bulk)

@@ -17,6 +17,7 @@ from node.engine.kv_cache import BLOCK_TOKENS, BlockTable
 from node.engine.loaded import LoadedShard
 from node.engine.meter import Meter
 from node.engine.sampling_edits import LogitEdits
+from node.engine.speculation import PassCosts, Speculation
 from node.links.frames import OpenSession, Stage
 
 
@@ -29,7 +30,8 @@ class Slice:
     """Rows `[row, row + num_tokens)` of `source`, the first for `position`: input that waits, or runs.
 
     `source` holds token ids at the first stage; at the others it is the `[rows, hidden_size]` of a whole
-    frame, so that what arrived together and runs together is never copied.
+    frame, so that what arrived together and runs together is never copied. The last rows are of `draft_ids`,
+    guesses that the row before each may or may not bear out.
     """
 
     session: StageSession
@@ -38,6 +40,7 @@ class Slice:
     source: Sequence[int] | Tensor
     row: int
     arrived_s: float
+    draft_ids: tuple[int, ...] = ()
     end: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -50,6 +53,7 @@ class StageSession:
 
     `number` tells younger sessions (higher) from older ones. `num_cached_tokens` rows of KV were here when it
     opened. `is_paused`: its head has to sign first. `is_set_aside`: it has no KV and waits to be closed.
+    `draft_ids` are those of the last input: the next may begin at any of their rows, not before them.
     """
 
     opening: OpenSession
@@ -74,6 +78,8 @@ class StageSession:
     compute_s: float = 0.0
     queue_s: float = 0.0
     edits: LogitEdits | None = None
+    draft_ids: tuple[int, ...] = ()
+    speculation: Speculation | None = None
     waiting: deque[Slice] = field(default_factory=deque)
     # What every step asks for, looked up once.
     id: bytes = field(init=False)
@@ -119,18 +125,76 @@ class StageSession:
         self.meter.begin(num_cached_tokens)
 
     def push(
-        self, position: int, num_tokens: int, source: Sequence[int] | Tensor, row: int, arrived_s: float
+        self,
+        position: int,
+        num_tokens: int,
+        source: Sequence[int] | Tensor,
+        row: int,
+        arrived_s: float,
+        draft_ids: tuple[int, ...] = (),
     ) -> None:
-        """Raises BadFrame unless the input continues where the last one ended, within the limits."""
+        """Raises BadFrame unless the input continues where the last one ended, within the limits.
+
+        It ended after as many of its guesses as came true, which a later stage learns from this position.
+        """
         if not self.has_begun:
             self.begin(position)
         end = position + num_tokens
-        if position != self.next_position or self.is_finished:
-            raise BadFrame(f"position {position} came where {self.next_position} was due")
-        if end > self.max_num_tokens or (end > self.num_prompt_tokens and num_tokens > 1):
+        latest = self.next_position
+        if not latest - len(self.draft_ids) <= position <= latest or self.is_finished:
+            raise BadFrame(f"position {position} came where {latest} was due")
+        if end > self.max_num_tokens or (end > self.num_prompt_tokens and num_tokens > 1 + len(draft_ids)):
             raise BadFrame(f"{num_tokens} tokens from position {position} do not fit the session")
+        if draft_ids:
+            self._check_drafts(position, num_tokens, draft_ids)
         self.next_position = end
-        self.waiting.append(Slice(self, position, num_tokens, source, row, arrived_s))
+        self.draft_ids = draft_ids
+        self.waiting.append(Slice(self, position, num_tokens, source, row, arrived_s, draft_ids))
+
+    def _check_drafts(self, position: int, num_tokens: int, draft_ids: tuple[int, ...]) -> None:
+        if len(draft_ids) > self.opening.max_num_draft_tokens:
+            raise BadFrame(f"{len(draft_ids)} guesses are more than the session was opened for")
+        if position < self.num_prompt_tokens or num_tokens != 1 + len(draft_ids):
+            raise BadFrame("guesses stand behind one token of the output")
+        if max(draft_ids) >= self.loaded.manifest.vocab_size:
+            raise BadFrame("a guess is outside the vocabulary")
+
+    def confirm(self, position: int, token_ids: Sequence[int]) -> None:
+        """At the first stage: the tokens from `position` on were picked. Raises BadFrame if they cannot be.
+
+        All but the last are guesses of the last input that came true.
+        """
+        due = self.next_position - len(self.draft_ids)
+        if position != due or not self.has_begun:
+            raise BadFrame(f"a token for position {position} came where {due} was due")
+        num_accepted = len(token_ids) - 1
+        if num_accepted > len(self.draft_ids) or tuple(token_ids[:-1]) != self.draft_ids[:num_accepted]:
+            raise BadFrame("tokens came for which there were other guesses, or none")
+        vocab_size = self.loaded.manifest.vocab_size
+        if not all(0 <= token_id < vocab_size for token_id in token_ids):
+            raise BadFrame("that token cannot be")
+
+    # What the first stage needs to guess.
+
+    def speculate_after(self, prompt_ids: Sequence[int]) -> None:
+        max_num_drafts = self.opening.max_num_draft_tokens
+        if max_num_drafts:
+            self.speculation = Speculation(prompt_ids, self.max_num_tokens, max_num_drafts)
+
+    def num_spare_rows(self, position: int) -> int:
+        """Behind the row for `position`, without anybody being preempted for them."""
+        num_blocks = len(self.table.blocks) + min(1, self.loaded.cache.pool.num_free_blocks)
+        return max(0, num_blocks * BLOCK_TOKENS - position - 1)
+
+    def pass_costs(self) -> PassCosts:
+        """All stages are taken to be as fast as this one: for a row and, until one was timed, for a pass."""
+        group = self.group
+        share = (group.end_layer - group.start_layer) / self.loaded.manifest.num_layers
+        pass_s = group.pace.decode_s(group.max_num_decodes)
+        if not self.is_last_stage:
+            assert self.speculation is not None
+            pass_s = self.speculation.round_s or pass_s / share
+        return PassCosts(pass_s, group.pace.row_s / share * max(1, group.max_num_decodes))
 
     def take(self, num_tokens: int) -> Slice:
         """At most `num_tokens` of the input that is due; the rest stays."""
