@@ -32,6 +32,7 @@ from node.links.frames import (
 )
 from node.links.port import StageLinks
 from node.models.manifest import FileDigest, Manifest
+from node.speed import Speed
 
 HIDDEN_SIZE, VOCAB_SIZE, NUM_LAYERS = 576, 49152, 30
 NUM_STEPS = 240
@@ -113,7 +114,7 @@ class Bench:
             stage.start_layer, stage.start_layer + 1, 4096, 1, 1, torch.float32, torch.device("cpu")
         )
         runner = FakeRunner(stage.start_layer, stage.end_layer)
-        loaded = LoadedShard(MANIFEST.model_id, MANIFEST, runner, cache, 0, 0, 100, 10)  # type: ignore[arg-type]
+        loaded = LoadedShard(MANIFEST.model_id, MANIFEST, runner, cache, 0, 0, Speed((100,) * 3, (640, 2560)))  # type: ignore[arg-type]
         self.engine._shards.append(loaded)
         self.sessions = [n.to_bytes(16, "big") for n in range(num_sessions)]
         for session in self.sessions:

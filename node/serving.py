@@ -112,7 +112,7 @@ class Serving:
             ready.model,
             ready.start_layer,
             ready.end_layer,
-            microseconds_per_layer=ready.decode_us_per_layer,
+            microseconds_per_layer=ready.speed.decode_us[0],
             num_kv_tokens=ready.kv_capacity_tokens,
         )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from node.engine.loaded import LoadedShard
 from node.engine.pace import Pace
+from node.speed import DECODE_ROWS
 
 
 @dataclass(slots=True, eq=False)
@@ -22,9 +23,15 @@ class Group:
 
     def __post_init__(self) -> None:
         loaded, num_layers = self.loaded, self.end_layer - self.start_layer
+        speed = loaded.speed
+        decode_ns = {
+            rows: speed.layer_ns(rows) * num_layers + (speed.head_ns(rows) if self.is_last else 0)
+            for rows in DECODE_ROWS
+        }
         self.pace = Pace(
-            loaded.decode_us_per_layer * num_layers / 1e6,
-            loaded.prefill_us_per_layer_per_token * num_layers / 1e6,
+            decode_ns[1] / 1e9,
+            speed.prefill_ns_per_token * num_layers / 1e9,
+            {rows: ns / 1e9 for rows, ns in decode_ns.items()},
         )
 
     @property

@@ -1,4 +1,4 @@
-"""A shard that is ready to serve: its layers, its KV cache, and how fast one layer was measured to be."""
+"""A shard that is ready to serve: its layers, its KV cache, and how fast they were measured to be."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from node.engine.kv_cache import KvCache
 from node.engine.runner import Runner
 from node.models.manifest import Manifest
+from node.speed import Speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +18,7 @@ class LoadedShard:
     cache: KvCache
     num_weight_bytes: int
     num_kv_bytes: int
-    decode_us_per_layer: int
-    prefill_us_per_layer_per_token: int
+    speed: Speed
 
     @property
     def start_layer(self) -> int:

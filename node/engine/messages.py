@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import cbor2
 
 from node.engine.events import ReceiptHeld, SessionEnded
+from node.speed import Speed
 
 LENGTH_BYTES = 4
 MAX_MESSAGE_BYTES = 16 << 20
@@ -123,13 +124,7 @@ class ShardReady:
     num_parameters: int
     num_weight_bytes: int
     kv_capacity_tokens: int
-    decode_us_per_layer: int
-    prefill_us_per_layer_per_token: int
-
-    @property
-    def seconds_per_layer(self) -> float:
-        """Of one decode step."""
-        return self.decode_us_per_layer / 1e6
+    speed: Speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +135,7 @@ class ShardStats:
     num_sessions: int
     free_kv_tokens: int
     kv_capacity_tokens: int
-    decode_us_per_layer: int
+    speed: Speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +152,7 @@ Message = Configure | EngineReady | Command | Reply | Event
 
 # The number on the wire is the place in this tuple; both processes are always the same version.
 _TYPES: tuple[type[Message], ...] = typing.get_args(Message)
-_HINTS = {kind: typing.get_type_hints(kind) for kind in (*_TYPES, ShardStats)}
+_HINTS = {kind: typing.get_type_hints(kind) for kind in (*_TYPES, ShardStats, Speed)}
 
 
 def encode(message: Message) -> bytes:

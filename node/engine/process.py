@@ -263,7 +263,7 @@ class EngineProcess:
                 num_sessions,
                 loaded.cache.num_free_tokens,
                 loaded.cache.num_tokens,
-                loaded.decode_us_per_layer,
+                loaded.speed,
             )
             for loaded, num_sessions in self._engine.shards().result(ANSWER_TIMEOUT_S)
         )
@@ -316,8 +316,7 @@ def _ready(request: int, loaded: LoadedShard, weight_type: str) -> ShardReady:
         loaded.manifest.stage_num_parameters(loaded.start_layer, loaded.end_layer),
         loaded.num_weight_bytes,
         loaded.cache.num_tokens,
-        loaded.decode_us_per_layer,
-        loaded.prefill_us_per_layer_per_token,
+        loaded.speed,
     )
 
 

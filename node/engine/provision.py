@@ -1,29 +1,25 @@
-"""From a load order to a shard that is ready to serve: weights in, KV room set aside, one layer timed.
+"""From a load order to a shard that is ready to serve: weights in, KV room set aside, its speed measured.
 
 Called on a loading thread, while the engine goes on serving its other shards.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from node.engine.attention import PagedStep, Span
 from node.engine.kv_cache import BLOCK_TOKENS, KvCache
 from node.engine.loaded import LoadedShard
 from node.engine.loader import Progress, fill, read_config
 from node.engine.native.abi import Kernels
-from node.engine.runner import Runner, make_runner
+from node.engine.probe import measure
+from node.engine.runner import make_runner
 from node.models.errors import ModelError
 from node.models.manifest import Manifest
 
 MAX_NUM_FULL_CONTEXTS = 16
-_PROBE_CHUNK_TOKENS = 64
-_NUM_PROBES = 5
 
 
 def provision(
@@ -60,7 +56,7 @@ def provision(
         runner.cache_dtype,
         device,
     )
-    decode_us, prefill_us = _measure(runner, cache, manifest.hidden_size)
+    speed = measure(runner, cache, manifest.hidden_size, end_layer == manifest.num_layers)
     return LoadedShard(
         model=manifest.model_id,
         manifest=manifest,
@@ -68,8 +64,7 @@ def provision(
         cache=cache,
         num_weight_bytes=runner.num_weight_bytes,
         num_kv_bytes=num_blocks * block_bytes,
-        decode_us_per_layer=decode_us,
-        prefill_us_per_layer_per_token=prefill_us,
+        speed=speed,
     )
 
 
@@ -88,29 +83,3 @@ def _num_blocks(manifest: Manifest, block_bytes: int, max_num_kv_bytes: int) -> 
             f"(at least {block_bytes >> 10} KiB, {max(0, max_num_kv_bytes) >> 10} KiB are free)"
         )
     return num_blocks
-
-
-def _measure(shard: Runner, cache: KvCache, hidden_size: int) -> tuple[int, int]:
-    """Microseconds of one layer for one decode row, and per row of a prefill chunk."""
-    num_tokens = min(_PROBE_CHUNK_TOKENS, cache.num_tokens)
-    return (
-        int(_seconds_per_layer(shard, cache, hidden_size, 1) * 1e6),
-        max(1, int(_seconds_per_layer(shard, cache, hidden_size, num_tokens) * 1e6 / num_tokens)),
-    )
-
-
-@torch.inference_mode()
-def _seconds_per_layer(shard: Runner, cache: KvCache, hidden_size: int, num_tokens: int) -> float:
-    """Median over a few layers, the first run (which warms up) left out."""
-    table = cache.open(num_tokens)
-    rows = torch.zeros(num_tokens, hidden_size, dtype=shard.dtype, device=shard.device)
-    positions = torch.arange(num_tokens, device=shard.device)
-    times = []
-    for probe in range(_NUM_PROBES + 1):
-        layer = shard.start_layer + probe % (shard.end_layer - shard.start_layer)
-        started_s = time.perf_counter()
-        step = PagedStep(cache, [Span(table, 0, num_tokens)])
-        shard.run(rows, positions, step, layer, layer + 1).sum().item()
-        times.append(time.perf_counter() - started_s)
-    cache.close(table)
-    return statistics.median(times[1:])

@@ -91,7 +91,8 @@ async def _life_of_an_engine(llama: TinyModel, tmp_path: Path) -> None:
         manifest = llama.package.manifest
         assert shard.num_parameters == manifest.stage_num_parameters(1, 3)
         assert shard.dtype == "float32"
-        assert shard.decode_us_per_layer > 0
+        assert shard.speed.decode_us[0] > 0
+        assert not shard.speed.has_head
         assert progress[-1] == (4 * shard.num_parameters, 4 * shard.num_parameters)
 
         stats = await client.stats()

@@ -26,6 +26,7 @@ from node.engine.session_book import SessionBook
 from node.engine.shard import Shard
 from node.links.frames import ErrorCode, OpenSession, Sampling, Stage
 from node.models.manifest import FileDigest, Manifest
+from node.speed import Speed
 
 NODE, HEAD, OTHER = b"n" * 32, b"h" * 32, b"o" * 32
 MANIFEST = Manifest(
@@ -49,12 +50,16 @@ SPLIT = (Stage(NODE, "x:1", 0, 1), Stage(OTHER, "x:1", 1, 2))
 
 @dataclass(eq=False)
 class Request:
-    """`arrival` is the step it comes in; `beginning` is shared with others of the same number."""
+    """`arrival` is the step it comes in; `beginning` is shared with others of the same number.
+
+    `num_cached_elsewhere` tokens are the most that other stages have of it.
+    """
 
     arrival: int
     beginning: int
     num_prompt_tokens: int
     num_output_tokens: int
+    num_cached_elsewhere: int = 1000
     num_output: int = 0
     session: StageSession | None = None
     waited: int = 0
@@ -71,7 +76,9 @@ class Request:
 def make_loaded(num_blocks: int) -> LoadedShard:
     shard = SimpleNamespace(start_layer=0, end_layer=2)
     cache = KvCache(0, 2, num_blocks, 1, 1, torch.float32, torch.device("cpu"))
-    return LoadedShard(MANIFEST.model_id, MANIFEST, cast(Shard, shard), cache, 0, 0, 500, 100)
+    return LoadedShard(
+        MANIFEST.model_id, MANIFEST, cast(Shard, shard), cache, 0, 0, Speed((500,) * 3, (6400, 25600))
+    )
 
 
 @dataclass
@@ -115,7 +122,8 @@ class World:
         self.requests[session.id] = request
         request.session = session
         self.book.add(session)
-        start = session.num_cached_tokens
+        # Another stage may have less in its cache.
+        start = min(session.num_cached_tokens, request.num_cached_elsewhere)
         session.push(start, len(ids) - start, ids, start, 0.0)
         self.book.make_ready(session)
 
@@ -200,6 +208,7 @@ requests_strategy = st.lists(
         beginning=st.integers(1, 3),
         num_prompt_tokens=st.integers(1, 90),
         num_output_tokens=st.integers(1, 40),
+        num_cached_elsewhere=st.sampled_from([0, 16, 32, 1000]),
     ),
     min_size=1,
     max_size=30,
