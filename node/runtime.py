@@ -361,6 +361,7 @@ class NodeRuntime:
                 e.deployed.id for e in entries if e.weights is not None and e.deployed.id not in failed
             ),
             problems=tuple(problems),
+            speeds=self._serving.speeds() if self._serving else (),
         )
 
     def _data_address(self, ready: EngineReady) -> str:

@@ -18,7 +18,8 @@ from node.engine.messages import ShardReady
 from node.placement.assignment import Assignment
 from node.plan_book import PlanBook
 from node.pod_state import PodState
-from node.status import ShardStatus
+from node.speed import Speed
+from node.status import MAX_NUM_SPEEDS, ShardStatus
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Serving:
         self._on_change = on_change
         self._changed = asyncio.Event()
         self._loaded: dict[Place, ShardStatus] = {}
+        self._speeds: dict[bytes, Speed] = {}
         self._loading: _Loading | None = None
         self._problems: dict[bytes, str] = {}
         self._retry_at_s: dict[Place, float] = {}
@@ -80,6 +82,10 @@ class Serving:
         loading = self._loading
         coming = (ShardStatus(*loading.place, loaded_per_mille=loading.per_mille),) if loading else ()
         return (*self._loaded.values(), *coming)
+
+    def speeds(self) -> tuple[tuple[bytes, Speed], ...]:
+        """Of models whose layers were loaded since the start; a drop does not make them unknown."""
+        return tuple(self._speeds.items())
 
     def problems(self) -> tuple[tuple[bytes, str], ...]:
         return tuple(self._problems.items())
@@ -108,6 +114,10 @@ class Serving:
         self.wake()
 
     def _put(self, ready: ShardReady) -> None:
+        # The newest last: of more models than an advert names, the oldest are forgotten.
+        self._speeds[ready.model] = ready.speed.or_head_of(self._speeds.pop(ready.model, None))
+        while len(self._speeds) > MAX_NUM_SPEEDS:
+            del self._speeds[next(iter(self._speeds))]
         self._loaded[(ready.model, ready.start_layer, ready.end_layer)] = ShardStatus(
             ready.model,
             ready.start_layer,

@@ -8,11 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from node.speed import Speed
 from pod.canonical import decode, encode
 
-STATUS_VERSION = 1
+STATUS_VERSION = 2
 MAX_STATUS_BYTES = 64 * 1024
 MAX_NUM_SHARDS = 256
+MAX_NUM_SPEEDS = 64
+MAX_RTT_US = 60_000_000
 MAX_TEXT_CHARACTERS = 256
 
 
@@ -40,7 +43,9 @@ class ShardStatus:
 class NodeStatus:
     """`data_address` and `api_url` are what other machines dial; empty when this node serves nothing.
 
-    `starting`: it means to serve, but its engine or its look at the model files is not ready yet.
+    `starting`: it means to serve, but its engine or its look at the model files is not ready yet. `speeds` of
+    models whose layers it has loaded since it started, dropped ones too; `link_rtt_us` to the other nodes, 0
+    if unknown.
     """
 
     serving: bool
@@ -54,6 +59,8 @@ class NodeStatus:
     shards: tuple[ShardStatus, ...] = ()
     models_available: tuple[bytes, ...] = ()
     problems: tuple[tuple[bytes, str], ...] = ()
+    speeds: tuple[tuple[bytes, Speed], ...] = ()
+    link_rtt_us: int = 0
 
     def models_judged(self) -> frozenset[bytes]:
         """The models of which it has said that it has the files, or why it does not serve them."""
@@ -85,6 +92,11 @@ class NodeStatus:
                 shards,
                 list(self.models_available),
                 [[model, reason] for model, reason in self.problems],
+                [
+                    [model, list(speed.decode_us), list(speed.prefill_us), list(speed.head_us)]
+                    for model, speed in self.speeds
+                ],
+                self.link_rtt_us,
             ]
         )
 
@@ -94,7 +106,7 @@ class NodeStatus:
         try:
             fields = _items(decode(data, MAX_STATUS_BYTES))
             version, serving, starting, device, memory, speed, *rest = fields
-            data_address, api_url, software, shards, models, problems = rest
+            data_address, api_url, software, shards, models, problems, speeds, link_rtt = rest
             status = cls(
                 serving=_boolean(serving),
                 starting=_boolean(starting),
@@ -107,6 +119,8 @@ class NodeStatus:
                 shards=tuple(_shard(*item) for item in _items(shards)),
                 models_available=tuple(_model(item) for item in _items(models)),
                 problems=tuple((_model(model), _text(reason)) for model, reason in _items(problems)),
+                speeds=_speeds(speeds),
+                link_rtt_us=_rtt(link_rtt),
             )
         except (ValueError, TypeError) as error:
             raise StatusError(f"no status: {error}") from None
@@ -122,6 +136,27 @@ def _shard(
     if shard.start_layer >= shard.end_layer or shard.loaded_per_mille > 1000:
         raise ValueError("an impossible shard")
     return shard
+
+
+def _speeds(value: object) -> tuple[tuple[bytes, Speed], ...]:
+    speeds = tuple(
+        (_model(model), Speed(_times(decode), _times(prefill), _times(head)))
+        for model, decode, prefill, head in _items(value)
+    )
+    if len(speeds) > MAX_NUM_SPEEDS or len(dict(speeds)) != len(speeds):
+        raise ValueError("too many speeds, or two of one model")
+    return speeds
+
+
+def _times(value: object) -> tuple[int, ...]:
+    return tuple(_count(time_us) for time_us in _items(value))
+
+
+def _rtt(value: object) -> int:
+    rtt_us = _count(value)
+    if rtt_us > MAX_RTT_US:
+        raise ValueError("an impossible round trip")
+    return rtt_us
 
 
 def _items(value: object) -> list[Any]:

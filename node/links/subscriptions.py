@@ -67,6 +67,10 @@ class Subscription:
         """The next event; the caller sets the deadline."""
         return await self._events.get()
 
+    def next_now(self) -> Event | None:
+        """The next event if it is here already."""
+        return None if self._events.empty() else self._events.get_nowait()
+
     def close(self) -> None:
         self._owner.forget(self._session)
 

@@ -151,8 +151,9 @@ class Attempt:
         match event:
             case Received(frame=ReceiptSigned(receipt=receipt)):
                 self._receipts.accept(receipt)
-            case Received(frame=StageTiming() as timing):
-                self.timings[timing.stage_index] = timing
+            case Received(node=node, frame=StageTiming(stage_index=index) as timing):
+                if index < len(self.terms.route) and self.terms.route[index].node == node:
+                    self.timings[index] = timing
             case LinkLost(node=node):
                 self._gone.add(node)
             case Received(node=node, frame=SessionError(code=code)) if code not in _STILL_SIGNS:
@@ -200,4 +201,7 @@ class Attempt:
                 self._links.send(stage.node, CloseSession(self.terms.session))
 
     def release(self) -> None:
+        """Timings that came while the books were written are the last that is heard."""
+        while (event := self._subscription.next_now()) is not None:
+            self._note(event)
         self._subscription.close()

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.status import MAX_NUM_SHARDS, NodeStatus, ShardStatus, StatusError
+from node.speed import MAX_US, NO_HEAD, Speed
+from node.status import MAX_NUM_SHARDS, MAX_NUM_SPEEDS, MAX_RTT_US, NodeStatus, ShardStatus, StatusError
 
 texts = st.text(max_size=40)
 counts = st.integers(0, 2**40)
@@ -27,6 +28,9 @@ def shards(draw: st.DrawFn) -> ShardStatus:
     )
 
 
+times = st.integers(1, MAX_US)
+three_times = st.tuples(times, times, times)
+speeds = st.builds(Speed, three_times, st.tuples(times, times), three_times | st.just(NO_HEAD))
 statuses = st.builds(
     NodeStatus,
     serving=st.booleans(),
@@ -40,7 +44,10 @@ statuses = st.builds(
     shards=st.lists(shards(), max_size=3).map(tuple),
     models_available=st.lists(ids, max_size=3).map(tuple),
     problems=st.lists(st.tuples(ids, texts), max_size=3).map(tuple),
+    speeds=st.dictionaries(ids, speeds, max_size=3).map(lambda known: tuple(known.items())),
+    link_rtt_us=st.integers(0, MAX_RTT_US),
 )
+SPEED = [bytes(32), [1, 2, 3], [4, 5], [0, 0, 0]]
 
 
 @given(statuses)
@@ -77,6 +84,23 @@ def _fields(status: NodeStatus) -> list[object]:
         (9, [[bytes(32), 0, 1, 0, 0, 0]] * (MAX_NUM_SHARDS + 1)),
         (10, [b"short"]),
         (11, [[bytes(32)]]),
+        (12, [SPEED, SPEED]),
+        (12, [[n.to_bytes(32, "big"), *SPEED[1:]] for n in range(MAX_NUM_SPEEDS + 1)]),
+        (12, [[bytes(31), *SPEED[1:]]]),
+        (12, [SPEED[:3]]),
+        (12, [[bytes(32), [0, 2, 3], [4, 5], [0, 0, 0]]]),
+        (12, [[bytes(32), [1, 2], [4, 5], [0, 0, 0]]]),
+        (12, [[bytes(32), [1, 2, 3], [4, 5, 6], [0, 0, 0]]]),
+        (12, [[bytes(32), [1, 2, 3], [4, MAX_US + 1], [0, 0, 0]]]),
+        (12, [[bytes(32), [1, 2, 3], [4, -5], [0, 0, 0]]]),
+        (12, [[bytes(32), [1, 2, 3], [4, 1.5], [0, 0, 0]]]),
+        (12, [[bytes(32), [1, 2, 3], [4, True], [0, 0, 0]]]),
+        (12, [[bytes(32), [1, 2, 3], [4, 5], [0, 0, 1]]]),
+        (12, [[bytes(32), [1, 2, 3], [4, 5], []]]),
+        (12, [[bytes(32), "123", [4, 5], [0, 0, 0]]]),
+        (13, -1),
+        (13, MAX_RTT_US + 1),
+        (13, "1"),
     ],
 )
 def test_a_wrong_field_is_refused(index: int, value: object) -> None:
@@ -84,3 +108,10 @@ def test_a_wrong_field_is_refused(index: int, value: object) -> None:
     fields[index] = value
     with pytest.raises(StatusError):
         NodeStatus.decode(cbor2.dumps(fields, canonical=True))
+
+
+def test_a_speed_is_read() -> None:
+    fields = _fields(NodeStatus(True, False, "cpu", 1, 1, "a:1", "", "0"))
+    fields[12] = [SPEED]
+    status = NodeStatus.decode(cbor2.dumps(fields, canonical=True))
+    assert status.speeds == ((bytes(32), Speed((1, 2, 3), (4, 5))),)
