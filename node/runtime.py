@@ -34,6 +34,7 @@ from node.gateway.app import create_app
 from node.gateway.serve import ListenError, bind, serving
 from node.home import PodHome, RunningNode
 from node.ledger_channel import LedgerChannel
+from node.links.frames import MAX_NUM_DRAFT_TOKENS
 from node.links.head_links import HeadLinks
 from node.local_api import local_router
 from node.node_backend import NodeBackend
@@ -121,6 +122,7 @@ class NodeRuntime:
             ledger=self._ledger,
             find_route=self._state.find_route,
             clock_ms=wall_clock_ms,
+            max_num_draft_tokens=MAX_NUM_DRAFT_TOKENS if self._settings.speculation else 0,
         )
         self._claims = Claims(self._ledger)
         self._office = Office(

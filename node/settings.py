@@ -48,6 +48,7 @@ class NodeSettings:
     serve: bool = True
     discover: bool = True
     compile: bool = True
+    speculation: bool = True
     advertise_listen: str | None = None
     advertise_data: str | None = None
 

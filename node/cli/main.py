@@ -29,6 +29,7 @@ from node.cli.options import (
     Memory,
     NodeName,
     NoServe,
+    Speculation,
     node_settings,
 )
 from node.errors import UserError
@@ -143,6 +144,7 @@ def join(
     memory: Memory = None,
     discover: Discover = True,
     compile_layers: Compile = True,
+    speculation: Speculation = True,
     as_json: AsJson = False,
 ) -> None:
     """Join a pod with an invite, then run this machine's node in the foreground."""
@@ -161,6 +163,7 @@ def join(
         advertise_listen,
         advertise_data,
         compile_layers,
+        speculation,
     )
     home = this_home()
     result = join_pod(home, invite, member or _login_name(), node_name or machine_name(), settings)
@@ -184,6 +187,7 @@ def up(
     no_serve: NoServe = False,
     discover: Discover = True,
     compile_layers: Compile = True,
+    speculation: Speculation = True,
     as_json: AsJson = False,
 ) -> None:
     """Run this machine's node in the foreground until Ctrl-C."""
@@ -203,6 +207,7 @@ def up(
         advertise_listen,
         advertise_data,
         compile_layers,
+        speculation,
     )
     run_node(home, settings, as_json)
 

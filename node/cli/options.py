@@ -98,6 +98,14 @@ Compile = Annotated[
         help="Compile layers in the background where that makes them faster.",
     ),
 ]
+Speculation = Annotated[
+    bool,
+    typer.Option(
+        "--speculation/--no-speculation",
+        envvar="POD_SPECULATION",
+        help="Guess ahead in text that repeats, for requests to this node.",
+    ),
+]
 
 
 def node_settings(
@@ -112,6 +120,7 @@ def node_settings(
     advertise_listen: str | None = None,
     advertise_data: str | None = None,
     compile_layers: bool = True,
+    speculation: bool = True,
 ) -> NodeSettings:
     if device not in DEVICES:
         raise UserError(f"--device must be one of {', '.join(DEVICES)} (got {device!r})")
@@ -131,6 +140,7 @@ def node_settings(
         serve=serve,
         discover=discover,
         compile=compile_layers,
+        speculation=speculation,
         advertise_listen=advertise_listen,
         advertise_data=advertise_data,
     )

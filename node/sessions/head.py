@@ -13,6 +13,7 @@ from ledger.rate_card import RateCard
 from ledger.receipt import Sign
 from node.gateway.backend import NoRoute
 from node.ledger_thread import LedgerThread
+from node.links.frames import MAX_NUM_DRAFT_TOKENS
 from node.links.head_links import HeadLinks
 from node.sessions.attempt import Attempt
 from node.sessions.holds import HOLD_GRACE_S as HOLD_GRACE_S
@@ -38,7 +39,9 @@ class Head:
         ledger: LedgerThread,
         find_route: FindRoute,
         clock_ms: Callable[[], int],
+        max_num_draft_tokens: int = MAX_NUM_DRAFT_TOKENS,
     ) -> None:
+        """`max_num_draft_tokens`: how many tokens a step may guess ahead; 0 is no speculation."""
         self._clock_ms = clock_ms
         self._holds = Holds(node, ledger)
         self._opener = Opener(
@@ -49,6 +52,7 @@ class Head:
             holds=self._holds,
             find_route=find_route,
             clock_ms=clock_ms,
+            max_num_draft_tokens=max_num_draft_tokens,
         )
         self._sessions: set[bytes] = set()
 

@@ -104,6 +104,7 @@ class Opener:
         holds: Holds,
         find_route: FindRoute,
         clock_ms: Callable[[], int],
+        max_num_draft_tokens: int,
     ) -> None:
         self._pod = pod
         self._node = node
@@ -112,6 +113,7 @@ class Opener:
         self._holds = holds
         self._find_route = find_route
         self._clock_ms = clock_ms
+        self._max_num_draft_tokens = max_num_draft_tokens
 
     async def open(self, opening: Opening) -> Attempt:
         """Try routes until one opens, waiting for room or for a route within the opening's limits."""
@@ -161,6 +163,7 @@ class Opener:
             deadline_ms=opening.deadline_ms,
             num_output_tokens_before=len(opening.token_ids),
             prefix_hashes=prefix_hashes(request.model, self._node, prompt_ids),
+            max_num_draft_tokens=self._max_num_draft_tokens,
         )
 
     async def _open_route(self, terms: SessionTerms, authorize: Authorize | None) -> Attempt:

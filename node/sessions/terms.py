@@ -33,6 +33,7 @@ class SessionTerms:
     deadline_ms: int
     num_output_tokens_before: int = 0
     prefix_hashes: tuple[bytes, ...] = ()
+    max_num_draft_tokens: int = 0
 
     @property
     def is_replay(self) -> bool:
@@ -75,4 +76,5 @@ class SessionTerms:
             num_output_tokens_before=self.num_output_tokens_before,
             prompt_ids=self.prompt_ids if stage_index == 0 or last_needs_ids else (),
             prefix_hashes=self.prefix_hashes,
+            max_num_draft_tokens=self.max_num_draft_tokens,
         )
