@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from node.engine.packed import PackedWeight, from_float, from_gguf
-from node.engine.shard import Shard
 from node.models.bundle import check_config
 from node.models.errors import ModelError
 from node.models.manifest import Manifest
@@ -55,28 +54,6 @@ class WeightSink(Protocol):
     def set_packed(self, name: str, packed: PackedWeight) -> None: ...
 
 
-def load_shard(
-    manifest: Manifest,
-    model_dir: Path,
-    paths: Sequence[Path],
-    start_layer: int,
-    end_layer: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: Progress,
-    max_num_bytes: int | None = None,
-    max_num_bits: int | None = None,
-) -> tuple[Shard, int]:
-    """The shard and the bytes read from its files. Raises ModelError for files that do not fit the config,
-    a config that is not the manifest's, and parameters that need more memory than `max_num_bytes`.
-    """
-    config = read_config(manifest, model_dir)
-    shard = Shard(config, start_layer, end_layer, dtype, device)
-    num_bytes = fill(shard, config, manifest.name, paths, max_num_bits, progress, max_num_bytes)
-    shard.release_others()
-    return shard, num_bytes
-
-
 def read_config(manifest: Manifest, model_dir: Path) -> PreTrainedConfig:
     """The config of a bundle. Raises ModelError when it is not supported, or not the manifest's."""
     config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
@@ -95,7 +72,8 @@ def fill(
     max_num_bytes: int | None = None,
 ) -> int:
     """Sets every parameter of the sink and returns the bytes read. `max_num_bits` is as in
-    `node.models.quantization`. Raises ModelError as `load_shard` does, and for weights that are not finite.
+    `node.models.quantization`. Raises ModelError for files that do not fit the config, weights that are not
+    finite, and parameters that need more memory than `max_num_bytes`.
     """
     weights = Weights(paths)
     try:

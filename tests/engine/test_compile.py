@@ -14,8 +14,8 @@ from torch import Tensor
 from node.engine import compile as compiling
 from node.engine.attention_op import running
 from node.engine.compile import LayerCompiler
-from node.engine.loader import load_shard
 from node.engine.shard import Shard
+from tests.engine.load_shard import load_shard
 from tests.engine.ring import GREEDY, Ring
 from tests.engine.tiny import NUM_LAYERS, TinyModel
 

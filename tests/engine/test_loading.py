@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from node.engine.device import choose_device, choose_dtype, is_out_of_memory
-from node.engine.loader import load_shard
 from node.engine.messages import DropShard, Failed, Message
 from node.engine.process import EngineProcess
 from node.models.bundle import make_bundle_here
@@ -21,6 +20,7 @@ from node.models.errors import ModelError
 from node.models.package import ModelPackage, build_package
 from node.models.safetensors_file import SafetensorsFile
 from node.models.tensors import layer_of
+from tests.engine.load_shard import load_shard
 from tests.engine.ring import Ring, load
 from tests.engine.tiny import NUM_LAYERS, TinyModel
 

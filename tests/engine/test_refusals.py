@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from node.engine.loader import load_shard
 from node.engine.shard import Shard
 from node.models.errors import ModelError
 from node.models.gguf_file import GgufFile
 from node.models.package import ModelPackage
 from node.models.safetensors_file import SafetensorsFile
+from tests.engine.load_shard import load_shard
 from tests.engine.tiny import NUM_LAYERS, TinyModel
 
 CPU = torch.device("cpu")
