@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,117 +9,33 @@ import gguf
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig
 
-from node.engine.attention import PagedStep, Span
-from node.engine.kv_cache import KvCache
 from node.engine.loader import fill, read_config
-from node.engine.native.abi import Kernels
 from node.engine.native.build import kernels_or_none
 from node.engine.native.native_shard import NativeShard
 from node.engine.packed import PackedWeight
-from node.engine.runner import Runner, make_runner
 from node.engine.shard import Shard
 from node.engine.weight_plan import WeightPlan, plan_weights
-from node.models.bundle import check_config
-from node.models.errors import ModelError
-from node.models.gguf_file import ENCODINGS, GgufFile
-from node.models.package import ModelPackage, build_package
-from node.models.safetensors_file import SafetensorsFile
 from node.models.tensors import EMBEDDING, HEAD
-from tests.engine.tiny_gguf import HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE, TinyGguf, make_tiny_gguf
-
-CPU = torch.device("cpu")
-GIB = 1 << 30
-MIXED = {"ffn_down": "Q6_K", "attn_v": "F16", "token_embd": "Q8_0"}
+from tests.engine.packed_world import (
+    BOUNDS,
+    CPU,
+    GIB,
+    MIXED,
+    FloatSizes,
+    Recorder,
+    distance,
+    load,
+    plan,
+    quantized_safetensors,
+    record,
+)
+from tests.engine.tiny_gguf import HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE, make_tiny_gguf
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("packed")
-
-
-@dataclass
-class Recorder:
-    """A sink that keeps what it is given."""
-
-    shard: Shard
-    weight_dtype: torch.dtype = torch.float32
-    device: torch.device = CPU
-    given: dict[str, Tensor | PackedWeight] = field(default_factory=dict)
-
-    def parameter_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        return self.shard.parameter_shapes()
-
-    def set_parameter(self, name: str, tensor: Tensor) -> None:
-        self.given[name] = tensor
-
-    def set_packed(self, name: str, packed: PackedWeight) -> None:
-        self.given[name] = packed
-
-    @property
-    def num_bytes(self) -> int:
-        parts = {id(v): v for v in self.given.values()}.values()
-        return sum(v.num_bytes if isinstance(v, PackedWeight) else v.nbytes for v in parts)
-
-
-class FloatSizes(TorchDispatchMode):
-    """How many values the largest float tensor has that any operation makes."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for made in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(made, Tensor) and made.is_floating_point():
-                self.largest = max(self.largest, made.numel())
-        return result
-
-
-def plan(package: ModelPackage, dtype: str = "auto", start: int = 0, end: int = NUM_LAYERS) -> WeightPlan:
-    manifest, weights = package.manifest, package.weights
-    return plan_weights(manifest, weights, start, end, dtype, CPU, 64 * GIB, has_kernels=True)
-
-
-def record(package: ModelPackage, planned: WeightPlan, start: int = 0, end: int = NUM_LAYERS) -> Recorder:
-    config = read_config(package.manifest, package.directory)
-    recorder = Recorder(Shard(config, start, end, torch.float32, CPU))
-    fill(recorder, config, "m", package.weights, planned.max_num_bits, lambda *_: None, planned.num_bytes)
-    return recorder
-
-
-def load(package: ModelPackage, dtype: str = "auto", kernels: Kernels | None = None) -> Runner:
-    planned = plan(package, dtype)
-    config = read_config(package.manifest, package.directory)
-    is_packed = planned.max_num_bits is not None
-    runner = make_runner(config, 0, NUM_LAYERS, planned.dtype, is_packed, CPU, kernels)
-    most, num_bytes = planned.max_num_bits, planned.num_bytes
-    fill(runner, config, "m", package.weights, most, lambda *_: None, num_bytes)
-    runner.release_others()
-    return runner
-
-
-@torch.inference_mode()
-def logits_of(runner: Runner, ids: Tensor) -> Tensor:
-    """`[T, vocabulary]` of one prompt, prefilled at once."""
-    num_blocks = -(-len(ids) // 16)
-    cache = KvCache(0, NUM_LAYERS, num_blocks, 2, runner.head_dim, runner.cache_dtype, CPU)
-    step = PagedStep(cache, [Span(cache.open(len(ids)), 0, len(ids))])
-    hidden = runner.run(runner.embed(ids), torch.arange(len(ids)), step, 0, NUM_LAYERS)
-    return runner.logits(hidden)
-
-
-# Of the logits, relative, with random weights, which are the hardest to quantize (docs/decisions.md).
-BOUNDS = {"auto": 0.03, "int8": 0.04, "int4": 0.35}
-IDS = torch.randint(3, VOCAB_SIZE, (40,), generator=torch.Generator().manual_seed(3))
-
-
-@torch.inference_mode()
-def distance(runner: Runner, model: TinyGguf) -> float:
-    """Of the logits from transformers' in float32 on the dequantized file, relative."""
-    expected = model.reference(IDS[None]).logits[0]
-    return float((logits_of(runner, IDS) - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -256,23 +169,6 @@ def test_kernels_take_bfloat16_files_as_they_are(directory: Path) -> None:
     assert plan(package, "float32").weight_type == "float32"
 
 
-def quantized_safetensors(directory: Path, dtype: str) -> tuple[ModelPackage, TinyGguf]:
-    """The same model once more, saved by transformers."""
-    model = make_tiny_gguf(directory, "llama", "F16", is_tied=False)
-    source = directory / "saved"
-    model.reference.save_pretrained(source)
-    package = build_package(
-        str(source), dtype, directory / "models", make_bundle=lambda _, there: _copy_config(source, there)
-    )
-    return package, model
-
-
-def _copy_config(source: Path, directory: Path) -> Any:
-    from node.models.bundle import make_bundle_here
-
-    return make_bundle_here(source, directory)
-
-
 @pytest.mark.parametrize("dtype", ["int4", "int8"])
 def test_safetensors_are_quantized_as_they_are_loaded(directory: Path, dtype: str) -> None:
     """Embedding and head keep eight bits; float memory is one matrix at a time."""
@@ -287,61 +183,3 @@ def test_safetensors_are_quantized_as_they_are_loaded(directory: Path, dtype: st
     assert {bits.pop(EMBEDDING), bits.pop(HEAD)} == {8}
     assert set(bits.values()) == {int(dtype[3:])}
     assert distance(load(package, dtype), model) < BOUNDS[dtype]
-
-
-def write_nan(path: Path, start: int, num_bytes: int) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[start : start + num_bytes] = b"\xff" * num_bytes
-    path.write_bytes(raw)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "auto", "int4"])
-def test_nan_in_weights_is_named(directory: Path, tmp_path: Path, dtype: str) -> None:
-    name = "model.layers.1.mlp.up_proj.weight"
-    for model in (make_tiny_gguf(tmp_path, "llama", "Q4_1"), make_tiny_gguf(tmp_path, "llama", "F32")):
-        place = GgufFile(model.path).tensors[name]
-        write_nan(model.path, place.start, 4)
-        with pytest.raises(ModelError, match=f"{name} holds NaN or values beyond the range") as caught:
-            load(model.package, dtype)
-        assert "\n" not in str(caught.value)
-
-
-def test_nan_in_safetensors_is_named(directory: Path) -> None:
-    package, _ = quantized_safetensors(directory, "int8")
-    (path,) = package.weights
-    place = SafetensorsFile(path).tensors["model.layers.0.input_layernorm.weight"]
-    write_nan(path, place.end - 4, 4)
-    with pytest.raises(ModelError, match=r"model\.layers\.0\.input_layernorm\.weight holds NaN"):
-        load(package, "int8")
-
-
-def test_every_encoding_that_is_offered_can_be_read() -> None:
-    for name in ENCODINGS:
-        kind = gguf.GGMLQuantizationType[name]
-        block_values, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        blocks = torch.zeros(2, 4 * block_bytes, dtype=torch.uint8).numpy()
-        assert gguf.quants.dequantize(blocks, kind).shape == (2, 4 * block_values)
-
-
-def test_an_encoding_nobody_reads_is_named_with_those_that_are(tmp_path: Path) -> None:
-    path = tmp_path / "m.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tensor("blk.0.ffn_up.weight", torch.zeros(2, 256, dtype=torch.int8).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(ModelError, match=r"type I8 of blk\.0\.ffn_up\.weight is not.*Q4_0, Q4_1"):
-        GgufFile(path)
-
-
-def test_a_quantized_config_is_named(directory: Path, tmp_path: Path) -> None:
-    package, _ = quantized_safetensors(directory, "int8")
-    config = json.loads((package.directory / "config.json").read_text())
-    (tmp_path / "config.json").write_text(
-        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
-    )
-    with pytest.raises(
-        ModelError, match=r"quantization 'gptq' .* is not supported \(supported: .*--quantize"
-    ):
-        check_config(AutoConfig.from_pretrained(tmp_path), tmp_path)
