@@ -38,6 +38,9 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, default=Path("artefacts/bench.json"), metavar="PATH")
     parser.add_argument(
+        "--publish", type=Path, metavar="FILE", help="put the figures into this document as well"
+    )
+    parser.add_argument(
         "--peers",
         default=",".join(DRIVERS),
         metavar="NAMES",
@@ -58,6 +61,8 @@ def main() -> None:
     finally:
         bench.close()
     print(bench.report.markdown())
+    if chosen.publish:
+        bench.report.publish(chosen.publish)
     bench.say(f"{time.monotonic() - start_s:.0f} s; JSON in {chosen.json}")
 
 

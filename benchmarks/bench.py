@@ -97,7 +97,8 @@ class Bench:
             self._shared["whole"] = found
             self.report.drivers["ours"] = (
                 "real node processes on loopback (gateway, ledger, engine, links), asked through the OpenAI "
-                "API by one asyncio client that streams; greedy, ignore_eos, prompts as token ids, all new"
+                "API by one asyncio client that streams; greedy, ignore_eos, prompts as token ids, all new, "
+                "speculation off where not said otherwise"
             )
         return found
 

@@ -66,16 +66,20 @@ def pod(
     num_nodes: int,
     num_threads: int,
     delay_s: float | None = None,
+    speculation: bool = False,
     options: tuple[str, ...] = (),
     variables: dict[str, str] | None = None,
     model_options: tuple[str, ...] = (),
 ) -> Iterator[Pod]:
-    """`num_nodes` nodes that share the model's layers; with `delay_s` each stage link takes that one way."""
+    """`num_nodes` nodes that share the model's layers; with `delay_s` each stage link takes that one way.
+
+    Speculation is off unless asked for: no peer has it on, and how much it helps depends on the text.
+    """
     with contextlib.ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         nodes = []
         for number in range(num_nodes):
-            own = options
+            own = options + (() if speculation else ("--no-speculation",))
             if delay_s is not None:
                 own += _behind_a_relay(stack, delay_s)
             node = Node(
@@ -119,7 +123,16 @@ def wait_until_ready(node: LocalNode, num_stages: int) -> None:
         if models and models[0]["state"] == "ready" and models[0]["num_stages"] == num_stages:
             return
         time.sleep(0.3)
-    raise TimeoutError(f"{MODEL} was not ready over {num_stages} nodes in {READY_TIMEOUT_S:.0f} s")
+    state = f"{models[0]['state']} {models[0]['reason']}" if models else "no model"
+    raise TimeoutError(
+        f"{MODEL} not ready over {num_stages} in {READY_TIMEOUT_S:.0f} s: {state}; {_log(node)}"
+    )
+
+
+def _log(node: LocalNode) -> str:
+    """The last line that it logged."""
+    lines = (node.home.parent / f"{node.member}.log").read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else ""
 
 
 def _endpoint(node: LocalNode) -> Endpoint:
@@ -131,8 +144,3 @@ def _endpoint(node: LocalNode) -> Endpoint:
 
 def num_cores() -> int:
     return os.cpu_count() or 1
-
-
-def speculation_options() -> tuple[str, ...] | None:
-    """What a node is started with to speculate; None: this version cannot."""
-    return None

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+BEGIN_MARK, END_MARK = "<!-- figures begin -->", "<!-- figures end -->"
 PACKAGES = ("gpu-pod", "torch", "transformers")
 
 
@@ -87,6 +88,14 @@ class Report:
         if self.failures:
             parts += ["", "Did not run:", "", *(f"- {failure}" for failure in self.failures)]
         return "\n".join(parts)
+
+    def publish(self, path: Path) -> None:
+        """Put the figures between the two marks in a Markdown file."""
+        before, begin, rest = path.read_text().partition(BEGIN_MARK)
+        _, end, after = rest.partition(END_MARK)
+        if not begin or not end:
+            raise ValueError(f"{path} has no lines {BEGIN_MARK} and {END_MARK}")
+        path.write_text(f"{before}{begin}\n\n{self.markdown()}\n\n{end}{after}")
 
     def write_json(self, path: Path) -> None:
         document = {
