@@ -416,6 +416,7 @@ class NodeRuntime:
             memory_bytes=self._settings.memory_bytes,
             log_path=self._home.path / "engine.log",
             compile_dir=self._home.path / "compiled" if self._settings.compile else None,
+            hidden_bits=self._settings.hidden_bits,
         )
 
     async def _trust_engine(self, engine: EngineClient, certificates: tuple[bytes, ...]) -> None:

@@ -18,6 +18,9 @@ DEFAULT_API_ADDRESS = "127.0.0.1:8420"
 DEFAULT_LISTEN_ADDRESS = "0.0.0.0:8421"
 DEFAULT_DATA_ADDRESS = "0.0.0.0:8422"
 
+HIDDEN_BITS = {"16": 16, "8": 8, "auto": 0}
+"""How hidden states travel to the next stage: as the layers compute them, in 8 bits, or in 8 on long ways."""
+
 _UNITS_BYTES = {
     "": 1,
     "k": 10**3,
@@ -51,6 +54,7 @@ class NodeSettings:
     speculation: bool = True
     advertise_listen: str | None = None
     advertise_data: str | None = None
+    hidden_bits: int = 16
 
 
 def split_address(text: str, option: str) -> tuple[str, int]:

@@ -24,6 +24,7 @@ from node.cli.options import (
     Data,
     DeviceOption,
     Discover,
+    HiddenBits,
     Listen,
     MemberName,
     Memory,
@@ -140,6 +141,7 @@ def join(
     advertise: Advertise = None,
     advertise_listen: AdvertiseListen = None,
     advertise_data: AdvertiseData = None,
+    hidden_bits: HiddenBits = "16",
     device: DeviceOption = "auto",
     memory: Memory = None,
     discover: Discover = True,
@@ -164,6 +166,7 @@ def join(
         advertise_data,
         compile_layers,
         speculation,
+        hidden_bits,
     )
     home = this_home()
     result = join_pod(home, invite, member or _login_name(), node_name or machine_name(), settings)
@@ -182,6 +185,7 @@ def up(
     advertise: Advertise = None,
     advertise_listen: AdvertiseListen = None,
     advertise_data: AdvertiseData = None,
+    hidden_bits: HiddenBits = "16",
     device: DeviceOption = "auto",
     memory: Memory = None,
     no_serve: NoServe = False,
@@ -208,6 +212,7 @@ def up(
         advertise_data,
         compile_layers,
         speculation,
+        hidden_bits,
     )
     run_node(home, settings, as_json)
 

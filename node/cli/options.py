@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from node.errors import UserError
-from node.settings import DEVICES, NodeSettings, check_dialable, check_host, parse_memory
+from node.settings import DEVICES, HIDDEN_BITS, NodeSettings, check_dialable, check_host, parse_memory
 
 MemberName = Annotated[
     str | None,
@@ -78,6 +78,15 @@ Memory = Annotated[
         help="Most memory for layers and KV cache, such as 8GiB (default: 80% of what is free).",
     ),
 ]
+HiddenBits = Annotated[
+    str,
+    typer.Option(
+        "--hidden-bits",
+        envvar="POD_HIDDEN_BITS",
+        metavar="|".join(HIDDEN_BITS),
+        help="How hidden states travel to the next stage: 8 saves bytes, auto is 8 on long ways.",
+    ),
+]
 NodeName = Annotated[
     str | None,
     typer.Option(
@@ -121,9 +130,12 @@ def node_settings(
     advertise_data: str | None = None,
     compile_layers: bool = True,
     speculation: bool = True,
+    hidden_bits: str = "16",
 ) -> NodeSettings:
     if device not in DEVICES:
         raise UserError(f"--device must be one of {', '.join(DEVICES)} (got {device!r})")
+    if hidden_bits not in HIDDEN_BITS:
+        raise UserError(f"--hidden-bits must be one of {', '.join(HIDDEN_BITS)} (got {hidden_bits!r})")
     if advertise is not None:
         check_host(advertise, "--advertise")
     if advertise_listen is not None:
@@ -143,4 +155,5 @@ def node_settings(
         speculation=speculation,
         advertise_listen=advertise_listen,
         advertise_data=advertise_data,
+        hidden_bits=HIDDEN_BITS[hidden_bits],
     )

@@ -70,6 +70,7 @@ class EngineConfig:
     num_threads: int | None = None
     log_path: Path | None = None
     compile_dir: Path | None = None
+    hidden_bits: int = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,6 +349,7 @@ def _configure(config: EngineConfig) -> Configure:
         config.memory_bytes or 0,
         config.num_threads or 0,
         str(config.compile_dir or ""),
+        config.hidden_bits,
     )
 
 

@@ -27,7 +27,8 @@ class MessageError(Exception):
 @dataclass(frozen=True, slots=True)
 class Configure:
     """The first command. Empty `memory_bytes` and `num_threads` (0): the engine decides. `compile_dir` keeps
-    compiled layers; empty: none are compiled.
+    compiled layers; empty: none are compiled. `hidden_bits`: how hidden states travel to the next stage, 16
+    (as they are), 8, or 0 for 8 where the way is long.
     """
 
     node_key_path: str
@@ -37,6 +38,7 @@ class Configure:
     memory_bytes: int
     num_threads: int
     compile_dir: str
+    hidden_bits: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,6 +131,7 @@ class EngineProcess:
             pipe.send,
             # The node process starts a new one; a live process with a dead loop would keep all waiting.
             on_crash=lambda: end_process(1),
+            hidden_bits=config.hidden_bits,
         )
         self._kernels = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-kernels").submit(
             kernels_or_none

@@ -15,11 +15,22 @@ def settings(listen: str | None, data: str | None) -> NodeSettings:
     )
 
 
+def with_bits(text: str) -> NodeSettings:
+    return node_settings("a:1", "b:2", "c:3", None, "cpu", None, False, hidden_bits=text)
+
+
 def test_a_forwarded_port_stands_in_for_each_plane() -> None:
     chosen = settings("relay.example:9001", "[fd00::1]:9002")
     assert chosen.advertise_listen == "relay.example:9001"
     assert chosen.advertise_data == "[fd00::1]:9002"
     assert settings(None, None).advertise_data is None
+
+
+def test_hidden_bits_are_16_unless_asked_for() -> None:
+    assert [with_bits(text).hidden_bits for text in ("16", "8", "auto")] == [16, 8, 0]
+    assert settings(None, None).hidden_bits == 16
+    with pytest.raises(UserError, match="--hidden-bits"):
+        with_bits("4")
 
 
 @pytest.mark.parametrize("text", ["9001", "host", "host:0", "host:70000", "a b:1", ":1", "-x:1"])
