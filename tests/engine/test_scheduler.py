@@ -355,3 +355,22 @@ def test_a_long_prompt_does_not_stall_sixteen_streams() -> None:
     assert sorted(gaps)[int(len(gaps) * 0.99)] < 2.2 * undisturbed
     # It still arrives in less than thrice the time it would take alone.
     assert now_s - arrived_s < 3 * 4096 * 0.0006
+
+
+def test_who_gives_way_when_blocks_run_out() -> None:
+    """Who waits for its head, then the youngest, replays last; in the end oneself."""
+    world = World(20, StepLimits())
+    replay, paused, old, young, needy = (Request(0, number, 20, 100) for number in range(5))
+    replay.num_output = 2
+    for request in (paused, old, needy, young, replay):
+        world.open(request)
+    names = {replay: "replay", paused: "paused", old: "old", young: "young", needy: "needy"}
+    assert paused.session is not None
+    assert needy.session is not None
+    world.book.pause(paused.session)
+    lost = []
+    for num_tokens in range(64, 20 * BLOCK_TOKENS + 1, BLOCK_TOKENS):
+        part = Slice(needy.session, num_tokens - 1, 1, (1,), 0, 0.0)
+        preempted = make_room([part], list(world.book.sessions.values()))
+        lost += [names[world.requests[session.id]] for session in preempted]
+    assert lost == ["paused", "young", "needy"]
