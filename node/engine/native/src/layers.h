@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "amx.h"
 #include "attention.h"
 #include "matmul.h"
 #include "model.h"
@@ -38,14 +39,14 @@ class RowsBuffer {
    public:
     Rows reserve(int num_rows, int k) {
         const int64_t count = (int64_t)num_rows * k, groups = (int64_t)num_rows * (k / GROUP);
-        return Rows{k, values_.reserve(count), codes_.reserve(count), scales_.reserve(groups), sums_.reserve(groups),
-                    counts_.reserve(groups)};
+        return Rows{num_rows, k, values_.reserve(count), numbers_.reserve(groups * NUMBER_BYTES), scales_.reserve(groups), sums_.reserve(groups),
+                    excess_.reserve(groups)};
     }
 
    private:
     Buffer<float> values_, scales_, sums_;
-    Buffer<int8_t> codes_;
-    Buffer<int32_t> counts_;
+    Buffer<int8_t> numbers_;
+    Buffer<int32_t> excess_;
 };
 
 static inline bool is_packed(const Weight& weight) { return weight.bits <= 8; }
@@ -141,7 +142,24 @@ class Step {
         for (auto& table : rope_) table.reserve((int64_t)num_rows_ * model_.head_dim);
     }
 
+    // The matrix unit is this thread's for as long as rows come in sixteens.
+    class MatrixUnit {
+       public:
+        explicit MatrixUnit(bool is_used) : is_used_(is_used) {
+            if (is_used_) configure_matrix_unit();
+        }
+        ~MatrixUnit() {
+            if (is_used_) release_matrix_unit();
+        }
+
+       private:
+        const bool is_used_;
+    };
+
+    bool uses_matrix_unit() const { return num_rows_ >= MATRIX_ROWS && has_matrix_unit(); }
+
     void walk(int thread) {
+        const MatrixUnit unit(uses_matrix_unit());
         for (int layer = start_; layer < end_; layer++) fill_rope(layer, thread);
         pool_.barrier();
         for (int layer = start_; layer < end_; layer++) run_layer(model_.layers[layer]);
@@ -206,11 +224,11 @@ class Step {
         }
     }
 
-    void norm_rows(const float* weight, bool with_codes) {
+    void norm_rows(const float* weight, bool with_numbers) {
         const int size = model_.hidden_size;
         each(num_rows_, 4, [&](int row) {
             rms_norm(hidden_ + (int64_t)row * size, weight, size, model_.norm_epsilon, normed_.row(row));
-            if (with_codes) normed_.round_groups(row, 0, size / GROUP);
+            if (with_numbers) normed_.round_groups(row, 0, size / GROUP);
         });
     }
 
@@ -221,8 +239,14 @@ class Step {
     // One tile of outputs for every row: `put(row, lanes)`.
     template <typename Put>
     void multiply_tile(const Weight& weight, int tile, const Rows& rows, Put put) {
-        f32x16 out[MAX_ROWS_AT_ONCE];
-        for (int first = 0; first < num_rows_; first += MAX_ROWS_AT_ONCE) {
+        f32x16 out[MATRIX_ROWS];
+        int first = 0;
+        if (is_packed(weight) && uses_matrix_unit())
+            for (; first + MATRIX_ROWS <= num_rows_; first += MATRIX_ROWS) {
+                multiply_matrix(weight, tile_of(weight, tile), rows, first, out);
+                for (int row = 0; row < MATRIX_ROWS; row++) put(first + row, out[row]);
+            }
+        for (; first < num_rows_; first += MAX_ROWS_AT_ONCE) {
             const int count = std::min(MAX_ROWS_AT_ONCE, num_rows_ - first);
             multiply(weight, tile, rows, first, count, out);
             for (int row = 0; row < count; row++) put(first + row, out[row]);
@@ -412,6 +436,7 @@ class Step {
     }
 
     void walk_logits() {
+        const MatrixUnit unit(uses_matrix_unit());
         norm_rows(model_.final_norm, is_packed(model_.head));
         pool_.barrier();
         const int size = model_.head.n;
