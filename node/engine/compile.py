@@ -11,9 +11,9 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -82,17 +82,25 @@ class LayerCompiler:
 
     def _compile(self, shard: Shard, model_dir: Path) -> None:
         torch.set_num_threads(self._num_threads)
+        # A process that was killed has left its scratch.
+        scratch = self._directory / "scratch"
+        shutil.rmtree(scratch, ignore_errors=True)
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="pod-compile-", ignore_cleanup_errors=True) as scratch:
+        scratch.mkdir(mode=0o700)
+        try:
             # One row first: that is one user's decode.
             for rows in CHECKED_ROWS:
                 for kind, layers in kinds_of(shard).items():
                     path = self._directory / f"{kind}-{rows}{SUFFIX}"
                     if not path.exists():
-                        self._run_child(_job(shard, model_dir, layers[0], rows, path), Path(scratch))
+                        unfinished = scratch / path.name
+                        self._run_child(_job(shard, model_dir, layers[0], rows, unfinished), scratch)
+                        unfinished.replace(path)
                     path.touch()
                     _drop_oldest(self._directory)
                     _swap_in(shard, layers, rows, path)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
     def _run_child(self, job: dict[str, str | int], scratch: Path) -> None:
         """Raises CompileError."""

@@ -62,9 +62,7 @@ def compile_layer(shard: Shard, rows: int, path: Path) -> None:
             dynamic_shapes=shapes,
             strict=False,
         )
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.pt2")
-        torch._inductor.aoti_compile_and_package(program, package_path=str(unfinished))
-    unfinished.replace(path)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
 
 
 def build_layer(model_dir: Path, layer: int, dtype: torch.dtype, device: torch.device) -> Shard:
