@@ -42,7 +42,7 @@ def _run_context(bench: Bench) -> None:
     def after(system: System, num_prompt_tokens: int) -> float:
         return system.decode([bench.prompts.one(num_prompt_tokens)], num_tokens)["tokens_per_s"]
 
-    num_rounds = 1 if bench.quick else 3
+    num_rounds = 1 if bench.quick else 2
     short = bench.turns({"decode at 128": ours}, lambda system: after(system, SHORT_CONTEXT), num_rounds)
     long = bench.turns({"ours": ours, **peers}, lambda system: after(system, LONG_CONTEXT), num_rounds)
     goals = {"decode at 128": Goal(0.6), "llama.cpp": None}

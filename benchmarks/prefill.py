@@ -25,7 +25,7 @@ def run(bench: Bench) -> None:
         def measure(system: System, num_prompt_tokens: int = num_prompt_tokens) -> float:
             return num_prompt_tokens / first_token_s(bench, system, num_prompt_tokens)
 
-        num_rounds = 1 if bench.quick else 3 if num_prompt_tokens > 1000 else 0
+        num_rounds = 1 if bench.quick else 2 if num_prompt_tokens > 1000 else 0
         series = bench.turns(systems, measure, num_rounds)
         bench.compare(SECTION, f"prefill {num_prompt_tokens}, whole", "tokens/s", series, goals)
     series = bench.turns(systems, lambda system: first_token_s(bench, system, CHAT_PROMPT_TOKENS) * 1e3)

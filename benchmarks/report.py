@@ -136,7 +136,7 @@ def machine() -> dict[str, str]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": _cpu(),
-        "features": ", ".join(_features()),
+        "features": ", ".join(cpu_features()),
         "cores": str(os.cpu_count()),
         "memory_gib": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f}",
         "system": f"{platform.system()} {platform.machine()}",
@@ -160,7 +160,7 @@ def _cpu() -> str:
     return _cpuinfo("model name") or platform.processor() or "unknown CPU"
 
 
-def _features() -> list[str]:
+def cpu_features() -> list[str]:
     """The instruction sets that decide these figures."""
     flags = set(_cpuinfo("flags").split())
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")

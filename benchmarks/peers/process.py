@@ -104,7 +104,9 @@ class PeerProcess:
 
     def _last_words(self) -> str:
         lines = self._log.read_text(errors="replace").strip().splitlines()
-        return f"ended: {lines[-1][:200]}" if lines else "ended without a word"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
+        return f"ended with {self._process.returncode}: {lines[-1][:150] if lines else 'no word'}"
 
 
 def llama(model: Path, num_threads: int, rpc_servers: tuple[str, ...] = ()) -> PeerProcess:
