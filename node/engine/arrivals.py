@@ -26,6 +26,7 @@ from node.links.frames import (
     ErrorCode,
     Frame,
     HiddenBatch,
+    Malformed,
     OpenSession,
     ReceiptSigned,
     SessionError,
@@ -72,6 +73,8 @@ class Arrivals:
                 self._hidden(peer, frame)
             case TokenBatch():
                 self._tokens(peer, frame)
+            case Malformed():
+                self._malformed(peer, frame)
             case OpenSession():
                 self._open(peer, frame)
             case StartSession() | CloseSession() | SignReceipt():
@@ -102,6 +105,12 @@ class Arrivals:
                 self._endings.end(session, ErrorCode.BAD_FRAME, "rows that are no numbers")
                 continue
             self._push(session, item.position, item.num_tokens, rows_TD, first, now_s, item.draft_ids)
+
+    def _malformed(self, peer: bytes, frame: Malformed) -> None:
+        for session_id in frame.sessions:
+            session = self._book.sessions.get(session_id)
+            if session is not None and session.previous_node == peer:
+                self._endings.end(session, ErrorCode.BAD_FRAME, frame.reason)
 
     def _tokens(self, peer: bytes, frame: TokenBatch) -> None:
         now_s = time.perf_counter()

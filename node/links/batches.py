@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import struct
 
-from node.links.fields import FrameError
+from node.links.fields import BatchError, FrameError
 from node.links.frames import (
     MAX_NUM_DRAFT_TOKENS,
     MAX_NUM_TOP_LOGPROBS,
@@ -100,9 +100,26 @@ def token_header(frame: TokenBatch) -> bytes:
 
 
 def read_hidden(raw: bytes, rows: Buffer) -> HiddenBatch:
-    """The frame over `rows`, which are not copied. Raises FrameError."""
+    """The frame over `rows`, not copied. Raises FrameError, and BatchError where the items can be read."""
     number, hidden_size, num_items = _start(_HIDDEN, raw)
-    at = _end_of_items(_HIDDEN, _HIDDEN_ITEM, num_items, raw)
+    end = _end_of_items(_HIDDEN, _HIDDEN_ITEM, num_items, raw)
+    try:
+        return _hidden(raw, rows, number, hidden_size, end)
+    except FrameError as error:
+        raise BatchError(str(error), _sessions(_HIDDEN_ITEM, raw[_HIDDEN.size : end])) from None
+
+
+def read_tokens(raw: bytes) -> TokenBatch:
+    """Raises FrameError, and BatchError where the items can be read."""
+    (num_items,) = _start(_TOKENS, raw)
+    end = _end_of_items(_TOKENS, _TOKEN_ITEM, num_items, raw)
+    try:
+        return _tokens(raw, end)
+    except FrameError as error:
+        raise BatchError(str(error), _sessions(_TOKEN_ITEM, raw[_TOKENS.size : end])) from None
+
+
+def _hidden(raw: bytes, rows: Buffer, number: int, hidden_size: int, at: int) -> HiddenBatch:
     if number >= len(_DTYPES) or not 1 <= hidden_size <= MAX_HIDDEN_SIZE:
         raise FrameError("unknown dtype, or rows of impossible size")
     items, num_rows = [], 0
@@ -125,10 +142,7 @@ def read_hidden(raw: bytes, rows: Buffer) -> HiddenBatch:
     return HiddenBatch(tuple(items), dtype, hidden_size, memoryview(rows))
 
 
-def read_tokens(raw: bytes) -> TokenBatch:
-    """Raises FrameError."""
-    (num_items,) = _start(_TOKENS, raw)
-    at = _end_of_items(_TOKENS, _TOKEN_ITEM, num_items, raw)
+def _tokens(raw: bytes, at: int) -> TokenBatch:
     items = []
     for session, position, token_id, reason, num_top in _TOKEN_ITEM.iter_unpack(raw[_TOKENS.size : at]):
         if reason >= len(_FINISH_REASONS) or not -1 <= num_top <= MAX_NUM_TOP_LOGPROBS:
@@ -161,6 +175,10 @@ def _end_of_items(start: struct.Struct, item: struct.Struct, num_items: int, raw
     if not 1 <= num_items <= MAX_NUM_ITEMS or len(raw) < end:
         raise FrameError("too few or too many items")
     return end
+
+
+def _sessions(item: struct.Struct, raw: bytes) -> tuple[bytes, ...]:
+    return tuple(dict.fromkeys(session for session, *_ in item.iter_unpack(raw)))
 
 
 def _sayable(logprob: float) -> float:

@@ -26,6 +26,7 @@ from node.links.batches import (
     token_header,
 )
 from node.links.batches import Buffer as Buffer
+from node.links.fields import BatchError
 from node.links.fields import FrameError as FrameError
 from node.links.frames import (
     PREFIX_BLOCK_TOKENS,
@@ -34,6 +35,7 @@ from node.links.frames import (
     Frame,
     HiddenBatch,
     Lane,
+    Malformed,
     OpenSession,
     Ping,
     Pong,
@@ -135,6 +137,14 @@ def decode(prefix: Prefix, header: Buffer, payload: Buffer) -> Frame:
     return frame
 
 
+def received(prefix: Prefix, header: Buffer, payload: Buffer) -> Frame:
+    """As `decode`, with a `Malformed` for a batch that only ends its sessions."""
+    try:
+        return decode(prefix, header, payload)
+    except BatchError as error:
+        return Malformed(error.sessions, str(error))
+
+
 def _limits(frame_type: type[Frame], lane: Lane) -> tuple[type[Frame], int, int]:
     """The frame type, and how long its header and its payload may be."""
     if frame_type is HiddenBatch:
@@ -202,8 +212,8 @@ def _values(frame: Frame) -> tuple[object, ...]:
             return (frame.session, frame.stage_index, frame.num_steps, *times)
         case Ping() | Pong():
             return (frame.nonce,)
-        case HiddenBatch() | TokenBatch():
-            raise AssertionError("a batch has no CBOR header")
+        case HiddenBatch() | TokenBatch() | Malformed():
+            raise AssertionError("has no CBOR header")
 
 
 # -- reading

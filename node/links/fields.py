@@ -22,6 +22,14 @@ class FrameError(Exception):
     """These bytes are not a frame. The connection they came from is not worth reading on."""
 
 
+class BatchError(FrameError):
+    """A batch of these sessions cannot be; where it ends is known, so the connection can be read on."""
+
+    def __init__(self, message: str, sessions: tuple[bytes, ...]) -> None:
+        super().__init__(message)
+        self.sessions = sessions
+
+
 def fields(value: object, num_fields: int) -> tuple[object, ...]:
     if type(value) is not tuple or len(value) != num_fields:
         raise FrameError("wrong number of fields")

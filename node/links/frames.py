@@ -228,6 +228,14 @@ class TokenBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class Malformed:
+    """Never sent: what a link hands over in place of a batch that names its sessions and cannot be."""
+
+    sessions: tuple[bytes, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class SignReceipt:
     """Head -> stage: a cumulative receipt signed by the head (encoded by `ledger.receipt`)."""
 
@@ -278,6 +286,7 @@ Frame = (
     | SessionError
     | HiddenBatch
     | TokenBatch
+    | Malformed
     | SignReceipt
     | ReceiptSigned
     | StageTiming

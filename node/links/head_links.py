@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from node.links.codec import PREFIX_BYTES, FrameError, decode, encode, parse_prefix
+from node.links.codec import PREFIX_BYTES, FrameError, encode, parse_prefix, received
 from node.links.frames import Frame, Lane, Ping, Pong
 from node.links.hello import FRAMES_OF, LINK_ID_BYTES, Direction, Hello, HelloError, Role, check_answer
 from node.links.limits import DEFAULT_LIMITS, LinkLimits
@@ -39,7 +39,7 @@ class _Connection:
         if prefix.frame_type not in may_say:
             raise FrameError(f"a {prefix.frame_type.__name__} has no place on this connection")
         header = await self.reader.readexactly(prefix.header_bytes)
-        return decode(prefix, header, b""), PREFIX_BYTES + len(header)
+        return received(prefix, header, b""), PREFIX_BYTES + len(header)
 
 
 class _StageLink:

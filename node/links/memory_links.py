@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from node.links.codec import PREFIX_BYTES, Buffer, decode, encode, parse_prefix
+from node.links.codec import PREFIX_BYTES, Buffer, encode, parse_prefix, received
 from node.links.frames import Frame, Lane
 from node.links.limits import DEFAULT_LIMITS, LinkLimits
 from node.links.port import DownCallback, FrameCallback, LinkCounts, LinkDown, LinkFull
@@ -83,7 +83,7 @@ class _Pipe:
             payload = self._budget.take(len(buffers[1]))
             payload[:] = buffers[1]
         prefix = parse_prefix(first[:PREFIX_BYTES], self._lane)
-        return decode(prefix, first[PREFIX_BYTES:], payload), len(first) + len(payload)
+        return received(prefix, first[PREFIX_BYTES:], payload), len(first) + len(payload)
 
 
 class MemoryNetwork:

@@ -12,6 +12,7 @@ from types import TracebackType
 
 from node.links.frames import (
     Frame,
+    Malformed,
     ReceiptSigned,
     SessionError,
     SessionOpened,
@@ -109,6 +110,10 @@ class Subscriptions:
                     self._put(session, node, TokenBatch(tuple(own_items)))
             case SessionOpened() | SessionError() | ReceiptSigned() | StageTiming():
                 self._put(frame.session, node, frame)
+            case Malformed(sessions, reason):
+                for session in sessions:
+                    if (subscription := self._by_session.get(session)) is not None:
+                        subscription.put(node, LinkLost(node, reason))
             case _:
                 raise ValueError(f"a {type(frame).__name__} is not an answer to a head")
 

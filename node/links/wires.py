@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 
-from node.links.codec import PREFIX_BYTES, Buffer, FrameError, decode, encode, parse_prefix
+from node.links.codec import PREFIX_BYTES, Buffer, FrameError, decode, encode, parse_prefix, received
 from node.links.frames import Frame, Lane, Ping, Pong
 from node.links.limits import LinkLimits
 from node.links.port import LinkDown, LinkFull
@@ -211,7 +211,7 @@ class Receiver(_Wire):
             self._wait_for_room(prefix.payload_bytes)
             payload = self._budget.take(prefix.payload_bytes)
             self._fill(memoryview(payload))
-        frame = decode(prefix, header, payload)
+        frame = received(prefix, header, payload)
         return frame, PREFIX_BYTES + len(header) + len(payload)
 
     def _wait_for_room(self, num_bytes: int) -> None:

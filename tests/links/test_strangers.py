@@ -23,8 +23,21 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import NameOID
 
-from node.links.codec import encode
-from node.links.frames import Frame, Lane, Ping, Pong, SessionOpened, StartSession
+from node.links.codec import WIRE_VERSION, encode
+from node.links.frames import (
+    Dtype,
+    Frame,
+    HiddenBatch,
+    HiddenItem,
+    Lane,
+    Malformed,
+    Ping,
+    Pong,
+    SessionOpened,
+    StartSession,
+    TokenBatch,
+    TokenItem,
+)
 from node.links.hello import Direction, Hello, Role
 from node.links.port import LinkDown, LinkFull
 from node.links.trust import Trust
@@ -215,9 +228,9 @@ def test_what_is_not_tls_at_all_is_closed(adapter: TlsAdapter) -> None:
     "garbage",
     [
         b"\xff" * 64,
-        struct.pack("!BBII", 1, 6, 2**32 - 1, 0) + b"x" * 64,
-        struct.pack("!BBII", 1, 6, 16, 2**32 - 1) + b"x" * 64,
-        struct.pack("!BBII", 1, 11, 2, 0) + b"\x81\xf5",
+        struct.pack("!BBII", WIRE_VERSION, 6, 2**32 - 1, 0) + b"x" * 64,
+        struct.pack("!BBII", WIRE_VERSION, 6, 16, 2**32 - 1) + b"x" * 64,
+        struct.pack("!BBII", WIRE_VERSION, 11, 2, 0) + b"\x81\xf5",
         encode(open_session(B.public))[0],
         encode(StartSession(SESSION))[0],
     ],
@@ -408,3 +421,30 @@ def test_two_hundred_nodes_can_be_trusted_at_once() -> None:
     keys = [KeyPair.of_seed(number.to_bytes(32, "big")) for number in range(1, 201)]
     trust = Trust(A, [*map(certificate, keys), *CERTIFICATES])
     assert len(trust.nodes) == 200 + len(CERTIFICATES)
+
+
+@pytest.mark.parametrize("role", list(Role))
+def test_a_batch_that_cannot_be_names_its_sessions_and_the_link_stays(
+    adapter: TlsAdapter, role: Role
+) -> None:
+    """Towards a stage rows of the wrong length; towards a head a reason to finish that there is not."""
+    stage, other = adapter.stage(A), adapter.stage(B)
+    if role is Role.STAGE:
+        connect(other, stage)
+        item = HiddenItem(SESSION, 4, 1)
+        other.links.send(stage.node, HiddenBatch((item,), Dtype.INT8, 64, bytes(65)), Lane.DECODE)
+        other.links.send(stage.node, rows_frame(9), Lane.DECODE)
+        eventually(lambda: stage.positions == [9])
+        assert isinstance(stage.frames[0][1], Malformed)
+        assert stage.frames[0][1].sessions == (SESSION,)
+        assert not stage.downs
+        return
+    head = adapter.head(C)
+    head.connect(stage)
+    item_of_no_kind = TokenItem(SESSION, 4, 17, 9)  # type: ignore[arg-type]
+    stage.links.send_to_head(head.node, TokenBatch((item_of_no_kind,)))
+    stage.links.send_to_head(head.node, SessionOpened(SESSION, 0))
+    eventually(lambda: head.frames)
+    assert head.lost == [stage.node]
+    assert head.links.is_connected(stage.node)
+    assert not stage.head_downs
