@@ -93,6 +93,9 @@ class FakeLinks:
     def is_connected(self, peer: bytes) -> bool:
         return True
 
+    def link_us(self, peer: bytes) -> int:
+        return 0
+
     def can_send_bulk(self, peer: bytes) -> bool:
         return True
 
