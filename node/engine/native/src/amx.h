@@ -29,6 +29,8 @@ static inline void configure_matrix_unit() {
         uint16_t row_bytes[16] = {64, 64, 64, 64, 32, 32, 64, 64};
         uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 8, 8};
     } shape;
+    // GCC 12 believes that only 8 bytes are read, and would drop the rest.
+    asm volatile("" : : "r"(&shape) : "memory");
     _tile_loadconfig(&shape);
 }
 
