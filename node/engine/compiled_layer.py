@@ -45,8 +45,8 @@ def layer_weights(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def can_compile(layer: nn.Module, dtype: torch.dtype) -> bool:
-    """Packed weights stay with their own kernels."""
-    return all(parameter.dtype == dtype for parameter in layer.parameters())
+    """Packed weights stay with their own kernels; other floats until somebody has seen them come out right."""
+    return dtype == torch.float32 and all(parameter.dtype == dtype for parameter in layer.parameters())
 
 
 def kind_of(layer: nn.Module, config_json: str, dtype: torch.dtype, device: torch.device) -> str:
