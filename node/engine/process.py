@@ -7,6 +7,7 @@ socket pair stops it everywhere.
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import queue
@@ -223,6 +224,7 @@ class EngineProcess:
             kernels=kernels,
         )
         self._used_bytes += _used_by(loaded)
+        gc.freeze()
         self._engine.add_shard(loaded)
         if self._compiler is not None and isinstance(loaded.shard, Shard):
             self._compiler.submit(loaded.shard, Path(order.model_dir))
@@ -289,6 +291,8 @@ def main(descriptor: int) -> int:
     except OSError as error:
         pipe.send_last(Failed(0, f"cannot listen on {config.data_listen}: {os.strerror(error.errno or 0)}"))
         return 1
+    # What the libraries have made is here to stay: to look through it for garbage would stop every stream.
+    gc.freeze()
     process.run()
     return 0
 
