@@ -45,7 +45,7 @@ def layer_weights(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def can_compile(layer: nn.Module, dtype: torch.dtype) -> bool:
-    """Packed weights stay with their own kernels; other floats until somebody has seen them come out right."""
+    """Packed weights stay with their own kernels; other floats until they were seen to come out right."""
     return dtype == torch.float32 and all(parameter.dtype == dtype for parameter in layer.parameters())
 
 
