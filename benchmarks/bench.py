@@ -77,7 +77,7 @@ class Bench:
         self._wanted_peers = wanted_peers
         self.quick = quick
         self.num_rounds = 2 if quick else 4
-        self.report = Report()
+        self.report = Report(drivers={"ours": DRIVERS["ours"]})
         self.model_file = resolve(pods.MODEL).weights[0]
         self.prompts = Prompts(self.model_file)
         self._shared: dict[str, System | str] = {}
@@ -95,11 +95,6 @@ class Bench:
             self.say("starting a pod of one node")
             found = self._stack.enter_context(pods.pod(1, pods.num_cores()))
             self._shared["whole"] = found
-            self.report.drivers["ours"] = (
-                "real node processes on loopback (gateway, ledger, engine, links), asked through the OpenAI "
-                "API by one asyncio client that streams; greedy, ignore_eos, prompts as token ids, all new, "
-                "speculation off where not said otherwise"
-            )
         return found
 
     def peers(self, *names: str) -> dict[str, System | str]:
@@ -215,6 +210,11 @@ def one_line(error: BaseException) -> str:
 TRANSFORMERS_DTYPE = "bfloat16" if any(name.endswith("_bf16") for name in cpu_features()) else "float32"
 
 DRIVERS = {
+    "ours": (
+        "real node processes on loopback (gateway, ledger, engine, links), asked through the OpenAI "
+        "API by one asyncio client that streams; greedy, ignore_eos, prompts as token ids, all new, "
+        "speculation off where not said otherwise"
+    ),
     "llama.cpp": (
         "the source in llama-cpp-python 0.3.36, compiled for this machine with RPC and AMX, its batch API "
         "(llama_decode) and greedy sampler in one process without HTTP; the same GGUF, one thread per core"
