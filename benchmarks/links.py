@@ -9,6 +9,7 @@ column does the same with blocking sockets and no framing, in the same run. Does
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import platform
 import signal
@@ -296,6 +297,8 @@ def main() -> None:
     parser.add_argument("--round-trips", type=int, default=3000)
     parser.add_argument("--bulk-frames", type=int, default=64, help="of 4 MiB each")
     arguments = parser.parse_args()
+    # As the engine does: torch's own objects take long to look through.
+    gc.freeze()
     if arguments.role == "echo-frames":
         echo_frames(arguments.address)
     elif arguments.role == "echo-bytes":
