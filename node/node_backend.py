@@ -43,6 +43,8 @@ from node.pod_state import PodState
 from node.sessions.authorization import Authorize, authorize, fits
 from node.sessions.head import Head, SessionRequest
 from node.sessions.session import HeadSession
+from node.sessions.timings import time_of
+from node.time_view import stage_seconds, token_times
 from pod.api_key import ApiKeyError, decode_delegation, parse_bearer, verify
 from pod.identity import KeyPair
 
@@ -176,6 +178,9 @@ class NodeBackend:
             self._speeds[session.terms.session] = session.tokens_per_s
             while len(self._speeds) > MAX_NUM_SPEEDS:
                 self._speeds.popitem(last=False)
+        timed = time_of(session, self._clock_ms())
+        if timed is not None:
+            self._state.timings.add(timed)
         self._changes.tell()
 
     def dashboard(self) -> DashboardView:
@@ -206,6 +211,7 @@ class NodeBackend:
             models=tuple(self._model_row(entry) for entry in self._catalogue.entries()),
             requests=self._request_rows(),
             ledger=LedgerState(ledger.num_entries(), len(ledger.heads()), ledger.digest()),
+            stage_seconds=stage_seconds(self._state),
         )
 
     def _node_rows(self) -> tuple[NodeRow, ...]:
@@ -244,6 +250,9 @@ class NodeBackend:
             state=ModelState(condition.state),
             loaded_per_mille=condition.loaded_per_mille,
             reason=condition.reason,
+            tokens_per_s=self._state.tokens_per_s(entry.deployed.id),
+            predicted_tokens_per_s=self._state.predicted_tokens_per_s(entry.deployed.id, condition.route),
+            token_times=token_times(self._state, entry.deployed.id),
         )
 
     def _request_rows(self) -> tuple[RequestRow, ...]:

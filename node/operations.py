@@ -27,6 +27,7 @@ from node.models.package import build_package
 from node.models.quantization import DTYPES
 from node.office import Office, check_name, wall_clock_ms
 from node.settings import check_host, split_address
+from node.time_view import request_rows, time_per_token
 from pod.address import AddressError
 from pod.api_key import bearer_text, delegate
 from pod.membership import MembershipError
@@ -107,13 +108,15 @@ async def status(office: Office, _arguments: Arguments, _tell: TellProgress) -> 
         "nodes": nodes,
         "models": _model_rows(office),
         "loading": list(office.loading()),
+        "recent_requests": request_rows(office.state),
     }
 
 
 def _model_rows(office: Office) -> list[Result]:
     rows: list[Result] = []
+    state = office.state
     for entry in office.catalogue.entries():
-        condition = office.state.condition_of(entry)
+        condition = state.condition_of(entry)
         rows.append(
             {
                 "name": entry.deployed.name,
@@ -128,8 +131,11 @@ def _model_rows(office: Office) -> list[Result]:
                 "state": condition.state if office.running else "node not running",
                 "reason": condition.reason,
                 "loaded_percent": condition.loaded_per_mille // 10,
+                "tokens_per_s": state.tokens_per_s(entry.deployed.id),
+                "predicted_tokens_per_s": state.predicted_tokens_per_s(entry.deployed.id, condition.route),
+                "time_per_token": time_per_token(state, entry.deployed.id),
                 "num_stages": len(condition.route),
-                "route": office.state.route_text(condition.route),
+                "route": state.route_text(condition.route),
             }
         )
     return rows

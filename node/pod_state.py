@@ -14,10 +14,12 @@ from node.gateway.backend import NoRoute as GatewayNoRoute
 from node.links.frames import Stage
 from node.placement.explain import Explanation, explain
 from node.placement.plan import plan
+from node.placement.predict import predicted_tokens_per_s
 from node.placement.route import NoRoute, route, route_text
 from node.placement.view import View
 from node.plan_book import PlanBook
 from node.pod_view import build_view, deployed_model
+from node.sessions.timings import Timings
 from node.status import NodeStatus, StatusError
 from pod.roster.roster import Roster
 
@@ -54,6 +56,7 @@ class PodState:
         self._explanation: Explanation | None = None
         self._routes: dict[bytes, tuple[Stage, ...] | NoRoute] = {}
         self.plan_book: PlanBook | None = None
+        self.timings = Timings()
 
     def changed(self) -> None:
         """Roster, adverts, liveness, files or plan are others now: what was worked out from them is void."""
@@ -91,7 +94,8 @@ class PodState:
         return self._view
 
     def _build_view(self, live: frozenset[bytes]) -> View:
-        return build_view(self.roster, self.statuses(), live, self._catalogue.entries())
+        links_us = self.timings.links_us()
+        return build_view(self.roster, self.statuses(), live, self._catalogue.entries(), links_us=links_us)
 
     def find_route(self, model: bytes, avoided: frozenset[bytes]) -> tuple[Stage, ...]:
         """The cheapest live route, this machine's own shards first. Raises the gateway's NoRoute."""
@@ -138,6 +142,14 @@ class PodState:
             )
             for stage in stages
         )
+
+    def tokens_per_s(self, model: bytes) -> float | None:
+        """Decode speed of this node's recent requests, one stream's; None if there was none."""
+        return self.timings.tokens_per_s(model)
+
+    def predicted_tokens_per_s(self, model: bytes, stages: tuple[Stage, ...]) -> float | None:
+        """By what the nodes of the route measured; None if one has not."""
+        return predicted_tokens_per_s(self.view(), model, stages) if stages else None
 
     def route_text(self, stages: tuple[Stage, ...]) -> str:
         return route_text(stages, {node.id: node.name for node in self.roster.nodes.values()})

@@ -16,8 +16,12 @@ def build_view(
     live: frozenset[bytes],
     models: Iterable[Entry],
     num_active: Mapping[tuple[bytes, bytes], int] | None = None,
+    links_us: Mapping[tuple[bytes, bytes], int] | None = None,
 ) -> View:
-    """Only roster nodes that have said what they offer. `num_active` counts sessions by (node, model)."""
+    """Only roster nodes that have said what they offer. `num_active` counts sessions by (node, model).
+
+    `links_us`: one way between two nodes, where it was measured.
+    """
     active = num_active or {}
     return View(
         nodes=tuple(
@@ -26,6 +30,7 @@ def build_view(
             if node in roster.nodes
         ),
         models=tuple(deployed_model(entry) for entry in models),
+        links_us=links_us or {},
     )
 
 
@@ -53,6 +58,8 @@ def _capacity(
             for shard in status.shards
         ),
         models_available=frozenset(status.models_available),
+        link_rtt_us=status.link_rtt_us,
+        speeds=status.speeds,
     )
 
 

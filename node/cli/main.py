@@ -33,6 +33,7 @@ from node.cli.options import (
     Speculation,
     node_settings,
 )
+from node.cli.times import times_tables
 from node.errors import UserError
 from node.settings import (
     DEFAULT_API_ADDRESS,
@@ -247,6 +248,7 @@ def status(as_json: AsJson = False) -> None:
     if result["models"]:
         show.out.print()
         models_table(result["models"])
+        times_tables(result["models"])
     return None
 
 

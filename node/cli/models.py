@@ -18,20 +18,26 @@ model_app = typer.Typer(help="What the pod should serve.", no_args_is_help=True)
 
 def models_table(rows: list[Any]) -> None:
     show.table(
-        ("model", "weights", "layers", "context", "state", "route"),
+        ("model", "weights", "layers", "context", "tokens/s", "predicted", "state", "route"),
         [
             (
                 m["name"],
                 m["weight_type"],
                 m["num_layers"],
                 m["max_context_tokens"],
+                speed_text(m["tokens_per_s"]),
+                speed_text(m["predicted_tokens_per_s"]),
                 m["state"],
                 m["route"] or m["reason"] or "-",
             )
             for m in rows
         ],
-        right=frozenset({"layers", "context"}),
+        right=frozenset({"layers", "context", "tokens/s", "predicted"}),
     )
+
+
+def speed_text(tokens_per_s: float | None) -> str:
+    return "-" if tokens_per_s is None else f"{tokens_per_s:.1f}"
 
 
 def models(as_json: AsJson = False) -> None:

@@ -45,7 +45,16 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = ("credits", "count", "rate", "gibibytes", "parameters", "iso_time", "clock_time")
+    names = (
+        "credits",
+        "count",
+        "rate",
+        "milliseconds",
+        "gibibytes",
+        "parameters",
+        "iso_time",
+        "clock_time",
+    )
     environment.filters.update({name: getattr(present, name) for name in names})
     environment.globals["strips"] = strips
     environment.globals["style_version"] = _version("dashboard.css")

@@ -28,6 +28,10 @@ def rate(tokens_per_s: float | None) -> str:
     return "–" if tokens_per_s is None else f"{tokens_per_s:,.1f}"
 
 
+def milliseconds(time_us: float) -> str:
+    return f"{time_us / 1000:,.2f}"
+
+
 def gibibytes(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:,.1f} GiB"
 

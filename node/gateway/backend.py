@@ -194,8 +194,35 @@ class NodeRow:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenTime:
+    """Microseconds that one output token took at `place`: a stage, or head and links."""
+
+    place: str
+    compute_us: float
+    queue_us: float
+    hop_us: float
+    total_us: float
+
+
+@dataclass(frozen=True, slots=True)
+class StageSeconds:
+    """What one node's stages of a model did for this node's requests since it started."""
+
+    model_name: str
+    node_name: str
+    num_steps: int
+    compute_s: float
+    queue_s: float
+    hop_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class ModelRow:
-    """`reason` says why a model is not covered, or what it waits for."""
+    """`reason` says why a model is not covered, or what it waits for.
+
+    `tokens_per_s` of one stream: the median of this node's recent requests; and what the route should reach
+    by what its nodes measured. `token_times`: where a token of recent requests spent its time; the rest last.
+    """
 
     name: str
     num_layers: int
@@ -205,6 +232,9 @@ class ModelRow:
     state: ModelState
     loaded_per_mille: int = 1000
     reason: str = ""
+    tokens_per_s: float | None = None
+    predicted_tokens_per_s: float | None = None
+    token_times: tuple[TokenTime, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +278,7 @@ class DashboardView:
     models: tuple[ModelRow, ...]
     requests: tuple[RequestRow, ...]
     ledger: LedgerState
+    stage_seconds: tuple[StageSeconds, ...] = ()
 
     @property
     def sum_microcredits(self) -> int:

@@ -6,13 +6,13 @@ route templates, statuses, deployed models, members.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
-from node.gateway.backend import Backend
+from node.gateway.backend import Backend, StageSeconds
 
 SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
@@ -61,7 +61,7 @@ class PodCollector(Collector):
         """Nothing is read before the first scrape: the node may not be up when the app is made."""
         return []
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         view = self._backend.dashboard()
         balances = GaugeMetricFamily("pod_balance_microcredits", "Balance of an account", labels=["account"])
         for row in view.members:
@@ -76,3 +76,18 @@ class PodCollector(Collector):
         yield GaugeMetricFamily("pod_nodes_live", "Nodes heard of lately", num_live)
         yield GaugeMetricFamily("pod_nodes", "Nodes in the roster", len(view.nodes))
         yield GaugeMetricFamily("pod_ledger_entries", "Entries held by this node", view.ledger.num_entries)
+        yield from _stage_seconds(view.stage_seconds)
+
+
+def _stage_seconds(rows: Sequence[StageSeconds]) -> Iterator[Metric]:
+    """Of this node's requests, counted in steps; the rows are bounded where they are kept."""
+    parts = {
+        "compute": ("Time that steps took at a stage", [row.compute_s for row in rows]),
+        "queue": ("Time that steps waited at a stage", [row.queue_s for row in rows]),
+        "hop": ("Way from a stage to the next", [row.hop_s for row in rows]),
+    }
+    for part, (what, seconds) in parts.items():
+        family = SummaryMetricFamily(f"pod_stage_{part}_seconds", what, labels=["model", "node"])
+        for row, sum_s in zip(rows, seconds, strict=True):
+            family.add_metric([row.model_name, row.node_name], count_value=row.num_steps, sum_value=sum_s)
+        yield family

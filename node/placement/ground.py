@@ -7,11 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from statistics import median_low
 
 from node.placement.assignment import Assignment, Plan
 from node.placement.choice import Held
-from node.placement.cuts import Load, Seat
+from node.placement.cuts import NS_PER_SECOND, Load, Seat
 from node.placement.view import DeployedModel, NodeCapacity, View
+
+PPM = 1_000_000
+MAX_DISTURBANCE = 4
+"""How many times slower, or faster than the others, a node may be measured to be for no reason that lasts."""
 
 Layout = Mapping[bytes, tuple[Assignment, ...]]
 
@@ -51,12 +56,33 @@ class Ground:
         """The nodes that may hold `model` and have room for at least one of its layers."""
         load = self.loads[model]
         least_bytes = min(load.memory_bytes(i, i + 1) for i in range(load.num_layers))
-        free_bytes = self.free_bytes(model)
+        free_bytes, bytes_per_second = self.free_bytes(model), self.bytes_per_second(model)
         return tuple(
-            Seat(node.node, free_bytes[node.node], node.bytes_per_second, node.hop_ns)
+            Seat(node.node, free_bytes[node.node], bytes_per_second[node.node], node.hop_ns)
             for node in self.nodes
             if node.can_hold(model) and free_bytes[node.node] >= least_bytes
         )
+
+    def bytes_per_second(self, model: bytes) -> dict[bytes, int]:
+        """How fast each node gets through the weights of `model`.
+
+        What memory can be read at, times the share of it that nodes with layers of the model were measured
+        to reach. A node's own share counts where it is far off; else the typical one, because others that
+        load at the same time disturb a measurement, and no layers should move for that.
+        """
+        load = self.loads[model]
+        layer_bytes = (load.read_bytes(0, load.num_layers) - load.head_bytes) // load.num_layers
+        shares = {
+            node.node: layer_bytes * NS_PER_SECOND * PPM // (speed.layer_ns(1) * node.bytes_per_second)
+            for node in self.nodes
+            if (speed := node.speed_of(model))
+        }
+        typical = median_low(shares.values()) if shares else PPM
+        own = {node: share for node, share in shares.items() if is_far_off(share, typical)}
+        return {
+            node.node: max(1, node.bytes_per_second * own.get(node.node, typical) // PPM)
+            for node in self.nodes
+        }
 
     def free_bytes(self, model: bytes) -> dict[bytes, int]:
         """Each node's room for `model`: what no other model was given."""
@@ -94,6 +120,10 @@ class Ground:
 
     def _memory_bytes(self, assignment: Assignment) -> int:
         return self.loads[assignment.model].memory_bytes(assignment.start_layer, assignment.end_layer)
+
+
+def is_far_off(share: int, typical: int) -> bool:
+    return share * MAX_DISTURBANCE < typical or share > typical * MAX_DISTURBANCE
 
 
 def _biggest_first(load: Load) -> tuple[int, bytes]:

@@ -1,8 +1,10 @@
 """The cheapest live route for a session: stages over ready shards that cover all layers, without a gap.
 
-The cost of a stage is layers x seconds per layer x (1 + sessions already there), of a hop half the round trip
-of the slower of both links. A route visits a node at most once (an engine tells sessions apart by their id
-alone). It uses what is loaded, whatever the plan says, and does not know how busy a link is.
+The cost of a stage is layers x what one was measured to take with the sessions already there (where that is
+not known, seconds per layer x (1 + sessions)), and the head's at the last stage; of a hop the way between the
+two nodes if it was measured, else half the round trip of the slower of both links. A route visits a node at
+most once (an engine tells sessions apart by their id alone). It uses what is loaded, whatever the plan says,
+and does not know how busy a link is.
 """
 
 from __future__ import annotations
@@ -67,13 +69,15 @@ class _Offer:
     node: NodeCapacity
     shard: LoadedShard
     ns_per_layer: int
+    head_ns: int
     is_preferred: bool
 
     def covers(self, start: int, end: int) -> bool:
         return self.shard.start_layer <= start and end <= self.shard.end_layer
 
-    def cost(self, num_layers: int) -> Cost:
-        return num_layers * self.ns_per_layer, 0 if self.is_preferred else num_layers, 0
+    def cost(self, num_layers: int, is_last: bool) -> Cost:
+        ns = num_layers * self.ns_per_layer + (self.head_ns if is_last else 0)
+        return ns, 0 if self.is_preferred else num_layers, 0
 
 
 def route(
@@ -95,7 +99,7 @@ def route(
     missing = _missing(deployed.num_layers, [offer.shard for offer in offers])
     if missing:
         raise NoRoute(_reason(view, deployed.name, missing, terms), missing)
-    return _Search(deployed.num_layers, offers).cheapest(deployed.name)
+    return _Search(view, deployed.num_layers, offers).cheapest(deployed.name)
 
 
 def route_text(stages: Sequence[Stage], names: Mapping[bytes, str]) -> str:
@@ -109,7 +113,7 @@ def route_text(stages: Sequence[Stage], names: Mapping[bytes, str]) -> str:
 def _offers(view: View, terms: _Terms) -> list[_Offer]:
     """In an order that does not depend on the order of the view."""
     offers = [
-        _Offer(node, shard, _ns_per_layer(shard), node.node == terms.prefer_node)
+        _Offer(node, shard, layer_ns(node, shard), head_ns(node, shard), node.node == terms.prefer_node)
         for node in view.nodes
         for shard in node.shards
         if shard.model == terms.model and terms.obstacle(node, shard) is None
@@ -117,8 +121,18 @@ def _offers(view: View, terms: _Terms) -> list[_Offer]:
     return sorted(offers, key=lambda o: (o.shard.start_layer, o.shard.end_layer, o.node.node, o.ns_per_layer))
 
 
-def _ns_per_layer(shard: LoadedShard) -> int:
+def layer_ns(node: NodeCapacity, shard: LoadedShard) -> int:
+    """One layer for one more session."""
+    speed = node.speed_of(shard.model)
+    if speed is not None:
+        return speed.layer_ns(1 + shard.num_active)
     return round(shard.seconds_per_layer * NS_PER_SECOND) * (1 + shard.num_active)
+
+
+def head_ns(node: NodeCapacity, shard: LoadedShard) -> int:
+    """Final norm and head, 0 if that was not measured."""
+    speed = node.speed_of(shard.model)
+    return speed.head_ns(1 + shard.num_active) if speed is not None else 0
 
 
 class _Search:
@@ -128,10 +142,13 @@ class _Search:
     straight to the goal unless the cheapest way does.
     """
 
-    def __init__(self, num_layers: int, offers: list[_Offer]) -> None:
+    def __init__(self, view: View, num_layers: int, offers: list[_Offer]) -> None:
+        self.view = view
         ends = {end for o in offers for end in (o.shard.start_layer, min(o.shard.end_layer, num_layers))}
-        cuts = sorted(end for end in ends if end <= num_layers)
-        # Between two neighbouring cuts nothing changes, so the cheapest route changes stages at cuts only.
+        # The last layer is set apart, for the head's time comes with it.
+        cuts = sorted({end for end in ends if end <= num_layers} | {num_layers - 1, 0})
+        # Between two neighbouring cuts nothing changes, so the cheapest route changes stages at cuts only
+        # (unless a node were worth a layer just to be passed through: measured ways can be that odd).
         self.intervals = list(pairwise(cuts))
         self.offers = offers
         self.covering = [
@@ -209,10 +226,10 @@ class _Search:
 
     def _interval_cost(self, index: int, number: int) -> Cost:
         start, end = self.intervals[index]
-        return self.offers[number].cost(end - start)
+        return self.offers[number].cost(end - start, index == len(self.intervals) - 1)
 
     def _hop_cost(self, here: int, there: int) -> Cost:
-        return max(self.offers[here].node.hop_ns, self.offers[there].node.hop_ns), 0, 1
+        return self.view.hop_ns(self.offers[here].node, self.offers[there].node), 0, 1
 
     def _stages(self, path: tuple[int, ...]) -> tuple[Stage, ...]:
         stages: list[Stage] = []

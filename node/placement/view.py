@@ -7,7 +7,10 @@ network. Every number is checked once, here, because adverts come from other mac
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from node.speed import Speed
 
 MEMORY_SHARE_PERCENT = 85
 """The share of a node's memory that weights and KV room may fill; the rest is headroom."""
@@ -45,7 +48,7 @@ class NodeCapacity:
     """What a node offers. `memory_bytes` is all its engine may use, loaded shards included.
 
     `link_rtt_us` is its round trip to other nodes as it measures it; `models_available` the models whose
-    files it has or can get, None for every model.
+    files it has or can get, None for every model; `speeds` by model, of those it has held layers of.
     """
 
     node: bytes
@@ -58,6 +61,7 @@ class NodeCapacity:
     link_rtt_us: int = 0
     shards: tuple[LoadedShard, ...] = ()
     models_available: frozenset[bytes] | None = None
+    speeds: tuple[tuple[bytes, Speed], ...] = ()
 
     def __post_init__(self) -> None:
         if self.memory_bytes < 0 or self.link_rtt_us < 0:
@@ -73,6 +77,10 @@ class NodeCapacity:
     def hop_ns(self) -> int:
         """One way over this node's link: half of its round trip."""
         return max(MIN_HOP_NS, self.link_rtt_us * 500)
+
+    def speed_of(self, model: bytes) -> Speed | None:
+        """As measured on real layers; None if it never held any."""
+        return next((speed for known, speed in self.speeds if known == model), None)
 
     def has_files(self, model: bytes) -> bool:
         return self.models_available is None or model in self.models_available
@@ -111,16 +119,26 @@ class DeployedModel:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Nodes and models, in any order: the order never changes what is decided."""
+    """Nodes and models, in any order: the order never changes what is decided.
+
+    `links_us`: one way from a node to another where that was measured; who looks has its own such knowledge,
+    so plans, which must be the same everywhere, don't use it.
+    """
 
     nodes: tuple[NodeCapacity, ...]
     models: tuple[DeployedModel, ...]
+    links_us: Mapping[tuple[bytes, bytes], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len({node.node for node in self.nodes}) != len(self.nodes):
             raise ValueError("a view names each node once")
         if len({model.model for model in self.models}) != len(self.models):
             raise ValueError("a view names each model once")
+
+    def hop_ns(self, here: NodeCapacity, there: NodeCapacity) -> int:
+        """From one node to another: as measured, else by the slower of both links."""
+        measured_us = self.links_us.get((here.node, there.node), 0)
+        return max(MIN_HOP_NS, measured_us * 1000) if measured_us else max(here.hop_ns, there.hop_ns)
 
     def find_model(self, model: bytes) -> DeployedModel | None:
         return next((deployed for deployed in self.models if deployed.model == model), None)

@@ -68,7 +68,7 @@ class StageSum:
     queue_us: int = 0
     hop_us: int = 0
 
-    def add(self, stage: StageTime) -> None:
+    def add(self, stage: StageTime | StageSum) -> None:
         self.num_steps += stage.num_steps
         self.compute_us += stage.compute_us
         self.queue_us += stage.queue_us

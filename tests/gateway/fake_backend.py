@@ -26,6 +26,8 @@ from node.gateway.backend import (
     RequestRow,
     RequestState,
     ShardRow,
+    StageSeconds,
+    TokenTime,
     Usage,
 )
 from node.links.frames import FinishReason
@@ -194,6 +196,24 @@ def failing(text: str) -> Script:
     return Script(tokens_of(text)[:-1], error=GenerationFailed("stage bo[2:4) is gone"))
 
 
+EXAMPLE_MODEL = ModelRow(
+    "smollm2-135m",
+    30,
+    134_515_008,
+    "bfloat16",
+    8192,
+    ModelState.READY,
+    tokens_per_s=41.27,
+    predicted_tokens_per_s=45.5,
+    token_times=(
+        TokenTime("ada-desktop[0:10)", 7000.0, 10.0, 120.0, 7130.0),
+        TokenTime("bo-macbook[10:20)", 7100.0, 10.0, 120.0, 7230.0),
+        TokenTime("cy-server[20:30)", 9000.0, 10.0, 120.0, 9130.0),
+        TokenTime("head and links", 0, 0, 0, 740.0),
+    ),
+)
+
+
 def example_view() -> DashboardView:
     """Three members on three nodes, one model split over them."""
     members = [
@@ -214,9 +234,10 @@ def example_view() -> DashboardView:
         treasury_microcredits=500_000_000,
         issuance_microcredits=-1_000_000_000,
         nodes=tuple(nodes),
-        models=(ModelRow("smollm2-135m", 30, 134_515_008, "bfloat16", 8192, ModelState.READY),),
+        models=(EXAMPLE_MODEL,),
         requests=(example_request(1),),
         ledger=LedgerState(214, 3, bytes(range(32)), 0),
+        stage_seconds=(StageSeconds("smollm2-135m", "ada-desktop", 128, 0.5, 0.25, 0.125),),
     )
 
 

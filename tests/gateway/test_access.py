@@ -180,6 +180,10 @@ def test_metrics_say_what_the_dashboard_says(browser: httpx.Client) -> None:
     assert balance is not None
     assert float(balance[1]) == -312_345_678
     assert "pod_books_sum_microcredits 0.0" in text
+    stage = '{model="smollm2-135m",node="ada-desktop"}'
+    for name, value in (("compute", 0.5), ("queue", 0.25), ("hop", 0.125)):
+        assert f"pod_stage_{name}_seconds_sum{stage} {value}" in text
+        assert f"pod_stage_{name}_seconds_count{stage} 128.0" in text
     key = {"authorization": f"Bearer {KEY}"}
     assert browser.get("/metrics", headers=ELSEWHERE | key).status_code == 200
 

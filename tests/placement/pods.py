@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from node.placement.assignment import Plan
 from node.placement.plan import plan
 from node.placement.view import DeployedModel, LoadedShard, NodeCapacity, View
+from node.speed import DECODE_ROWS, NO_HEAD, PREFILL_ROWS, Speed
 
 GIB = 1024**3
 MIB = 1024**2
@@ -28,6 +29,7 @@ def make_node(
     rtt_us: int = 200,
     shards: Iterable[LoadedShard] = (),
     models: Iterable[str] | None = None,
+    speeds: Mapping[str, Speed] | None = None,
 ) -> NodeCapacity:
     return NodeCapacity(
         node=id_of(name),
@@ -40,7 +42,16 @@ def make_node(
         link_rtt_us=rtt_us,
         shards=tuple(shards),
         models_available=None if models is None else frozenset(id_of(model) for model in models),
+        speeds=tuple((id_of(model), speed) for model, speed in (speeds or {}).items()),
     )
+
+
+def make_speed(layer_us: int, head_us: int = 0) -> Speed:
+    """Each further row costs a tenth of the first."""
+    rows = [10 + size - 1 for size in DECODE_ROWS]
+    head = tuple(head_us * num // 10 for num in rows) if head_us else NO_HEAD
+    prefill = tuple(max(1, size * layer_us // 10) for size in PREFILL_ROWS)
+    return Speed(tuple(layer_us * num // 10 for num in rows), prefill, head)
 
 
 def make_model(

@@ -11,7 +11,8 @@ from node.placement.assignment import Assignment
 from node.placement.explain import explain
 from node.placement.plan import Plan, plan
 from node.placement.view import DeployedModel, LoadedShard, NodeCapacity, View
-from tests.placement.pods import AUTHOR, id_of, is_cover, make_model, make_node
+from node.speed import Speed
+from tests.placement.pods import AUTHOR, id_of, is_cover, make_model, make_node, make_speed
 
 MODEL_NAMES = ("x", "y", "z")
 bounded = settings(max_examples=40, deadline=None, derandomize=True)
@@ -26,6 +27,11 @@ def shards(draw: st.DrawFn) -> LoadedShard:
 
 
 @st.composite
+def speeds(draw: st.DrawFn) -> Speed:
+    return make_speed(draw(st.sampled_from([10, 1000, 20_000, 500_000])))
+
+
+@st.composite
 def nodes(draw: st.DrawFn, name: str) -> NodeCapacity:
     return make_node(
         name,
@@ -36,6 +42,7 @@ def nodes(draw: st.DrawFn, name: str) -> NodeCapacity:
         rtt_us=draw(st.sampled_from([0, 200, 20_000])),
         shards=draw(st.lists(shards(), max_size=2)),
         models=draw(st.none() | st.sets(st.sampled_from(MODEL_NAMES))),
+        speeds=draw(st.dictionaries(st.sampled_from(MODEL_NAMES), speeds(), max_size=2)),
     )
 
 
@@ -143,7 +150,7 @@ def test_the_order_of_the_view_changes_nothing(
 def test_a_model_is_whole_where_its_fastest_node_holds_it(view: View) -> None:
     view = replace(
         view,
-        nodes=(*view.nodes, make_node("vast", 1000, 10_000)),
+        nodes=(*(replace(node, speeds=()) for node in view.nodes), make_node("vast", 1000, 10_000)),
         models=tuple(replace(model, split=1) for model in view.models),
     )
     made = plan(view, None, AUTHOR)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from node.links.frames import Stage
 from node.placement.route import NoRoute, route, route_text
 from node.placement.view import LoadedShard, NodeCapacity, View
-from tests.placement.pods import id_of, make_model, make_node, make_shard, make_view
+from tests.placement.pods import id_of, make_model, make_node, make_shard, make_speed, make_view
 
 MODEL = id_of("m")
 
@@ -60,6 +60,27 @@ def test_a_busy_node_is_passed_over() -> None:
     assert text(view) == "b[0:30)"
     view = pod(a=make_shard(0, 30, num_active=1), b=make_shard(0, 30, num_active=3))
     assert text(view) == "a[0:30)"
+
+
+def test_a_batch_costs_what_was_measured_for_it() -> None:
+    """The busy node is fast with four rows at once: by sessions alone it would be passed over."""
+    a = make_node("a", shards=[make_shard(0, 30, num_active=3)], speeds={"m": make_speed(100)})
+    b = make_node("b", shards=[make_shard(0, 30)], speeds={"m": make_speed(140)})
+    assert text(make_view([a, b], make_model())) == "a[0:30)"
+    heads = {"a": make_speed(100, 1000), "b": make_speed(140, 100)}
+    slow_head = [replace(node, speeds=((MODEL, heads[node.name]),)) for node in (a, b)]
+    assert text(make_view(slow_head, make_model())) == "a[0:29),b[29:30)"
+
+
+def test_a_way_that_was_measured_counts_as_that() -> None:
+    nodes = [
+        make_node("a", shards=[make_shard(0, 10)]),
+        make_node("b", shards=[make_shard(10, 30)]),
+        make_node("c", shards=[make_shard(10, 30, seconds_per_layer=0.00101)]),
+    ]
+    view = make_view(nodes, make_model())
+    assert text(view) == "a[0:10),b[10:30)"
+    assert text(replace(view, links_us={(id_of("a"), id_of("b")): 900})) == "a[0:10),c[10:30)"
 
 
 def test_a_far_node_is_passed_over() -> None:
@@ -193,7 +214,24 @@ def small_nodes(draw: st.DrawFn, name: str) -> NodeCapacity:
                 seconds_per_layer=draw(st.sampled_from([0.0, 0.00001, 0.001])),
             )
         )
-    return make_node(name, live=draw(st.integers(0, 9)) > 0, rtt_us=draw(st.integers(0, 2000)), shards=shards)
+    speed = draw(
+        st.none() | st.builds(make_speed, st.sampled_from([1, 10, 1000]), st.sampled_from([0, 3000]))
+    )
+    return make_node(
+        name,
+        live=draw(st.integers(0, 9)) > 0,
+        rtt_us=draw(st.integers(0, 2000)),
+        shards=shards,
+        speeds={"m": speed} if speed else None,
+    )
+
+
+def stage_ns(node: NodeCapacity, shard: LoadedShard, num_layers: int, is_last: bool) -> int:
+    speed = node.speed_of(MODEL)
+    if speed is None:
+        return round(shard.seconds_per_layer * 1e9) * (1 + shard.num_active) * num_layers
+    rows = 1 + shard.num_active
+    return num_layers * speed.layer_ns(rows) + (speed.head_ns(rows) if is_last else 0)
 
 
 def all_costs(
@@ -209,8 +247,8 @@ def all_costs(
             stays = shard is here
             if not stays and (node.name in left or node is on):
                 continue
-            hop_ns = 0 if stays or on is None else max(node.hop_ns, on.hop_ns)
-            cost_ns = round(shard.seconds_per_layer * 1e9) * (1 + shard.num_active) + hop_ns
+            hop_ns = 0 if stays or on is None else view.hop_ns(on, node)
+            cost_ns = stage_ns(node, shard, 1, layer == NUM_LAYERS - 1) + hop_ns
             gone = left if stays or on is None else left | {on.name}
             for rest_ns in all_costs(view, layer + 1, shard, node, gone):
                 yield cost_ns + rest_ns
@@ -222,12 +260,12 @@ def cost_of(view: View, stages: tuple[Stage, ...]) -> int:
     for number, stage in enumerate(stages):
         node = by_id[stage.node]
         total_ns += min(
-            round(s.seconds_per_layer * 1e9) * (1 + s.num_active) * (stage.end_layer - stage.start_layer)
+            stage_ns(node, s, stage.end_layer - stage.start_layer, stage is stages[-1])
             for s in node.shards
             if s.ready and s.start_layer <= stage.start_layer and stage.end_layer <= s.end_layer
         )
         if number:
-            total_ns += max(node.hop_ns, by_id[stages[number - 1].node].hop_ns)
+            total_ns += view.hop_ns(by_id[stages[number - 1].node], node)
     return total_ns
 
 
