@@ -10,6 +10,9 @@ import socket
 import ssl
 import time
 
+# Key updates are answered in memory, where nobody has to read on.
+_MAX_ANSWERS_BYTES = 64 << 10
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -99,6 +102,8 @@ class TlsSocket:
         self.raw.close()
 
     def _fill(self) -> int:
+        if self._outgoing.pending > _MAX_ANSWERS_BYTES:
+            raise ConnectionAbortedError("the peer makes TLS answer without end")
         num_bytes = self.raw.recv_into(self._arrived)
         self._incoming.write(self._arrived[:num_bytes])
         return num_bytes

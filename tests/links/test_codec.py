@@ -405,9 +405,16 @@ def test_a_logprob_that_is_no_number_travels_as_the_least() -> None:
     assert read(b"".join(encode(frame))) == TokenBatch((said,))
 
 
-def test_the_bytes_of_a_step_do_not_grow() -> None:
-    """The prefix, the fixed fields, one item, and the rows."""
-    rows = b"".join(encode(rows_frame(1, 64)))
-    token = b"".join(encode(TokenBatch((TokenItem(SESSION, 1, 2, FinishReason.NONE),))))
-    assert len(rows) == 10 + 7 + 25 + 64
-    assert len(token) == 10 + 2 + 26
+@pytest.mark.parametrize("num_streams", [1, 16])
+def test_the_bytes_of_a_step_do_not_grow(num_streams: int) -> None:
+    """The prefix, the fixed fields, an item for each stream, and the rows."""
+    sessions = [bytes([number]) * 16 for number in range(num_streams)]
+    rows = HiddenBatch(
+        tuple(HiddenItem(session, 700, 1) for session in sessions),
+        Dtype.FLOAT32,
+        576,
+        bytes(num_streams * 576 * 4),
+    )
+    tokens = TokenBatch(tuple(TokenItem(session, 700, 49151, FinishReason.NONE) for session in sessions))
+    assert sum(map(len, encode(rows))) == 10 + 7 + num_streams * (25 + 576 * 4)
+    assert sum(map(len, encode(tokens))) == 10 + 2 + num_streams * 26
