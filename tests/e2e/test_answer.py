@@ -178,3 +178,33 @@ def test_pod_chat_answers_in_the_terminal(pod: LocalPod) -> None:
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
     assert "tokens/s" in done.stderr
+
+
+def test_status_says_how_fast_it_is_and_where_the_time_went(pod: LocalPod) -> None:
+    node = pod.nodes[1]
+    text = pod.client(1).completions.create(model=MODEL, prompt="One, two,", temperature=0, max_tokens=16)
+    assert text.usage is not None
+    status = node.pod("status")
+    row = next(row for row in status["models"] if row["name"] == MODEL)
+    assert row["tokens_per_s"] > 0
+    assert row["predicted_tokens_per_s"] > 0
+    newest = status["recent_requests"][0]
+    assert newest["num_output_tokens"] == text.usage.completion_tokens
+    times = row["time_per_token"]
+    assert [f"{s['node']}[{s['start_layer']}:{s['end_layer']})" for s in times["stages"]] == row[
+        "route"
+    ].split(",")
+    assert all(stage["compute_us"] > 0 and stage["link_us"] > 0 for stage in times["stages"])
+    parts_us = sum(stage["total_us"] for stage in times["stages"]) + times["head_and_links_us"]
+    assert parts_us >= times["total_us"] - 1
+    shown = subprocess.run(
+        [sys.executable, "-m", "node", "status"],
+        env=node.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "head and links" in shown.stdout
+    metrics = httpx.get(f"{node.api_url}/metrics").text
+    assert metrics.count("pod_stage_compute_seconds_sum{") >= 3
