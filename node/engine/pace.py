@@ -39,7 +39,7 @@ class Pace:
     def learn(self, num_decodes: int, num_prefill_tokens: int, step_s: float, num_drafts: int = 0) -> None:
         if num_drafts:
             if num_prefill_tokens == 0:
-                self._learn_row((step_s - self.decode_s(num_decodes)) / num_drafts)
+                self._learn_row(num_drafts, (step_s - self.decode_s(num_decodes)) / num_drafts)
         elif num_prefill_tokens == 0:
             size = num_decodes.bit_length()
             old = self._decode_s.get(size)
@@ -50,10 +50,13 @@ class Pace:
             weight = _BAD_NEWS_WEIGHT if per_token_s > self.prefill_s_per_token else _WEIGHT
             self.prefill_s_per_token = _mixed(self.prefill_s_per_token, per_token_s, weight)
 
-    def _learn_row(self, row_s: float) -> None:
-        """No less than half of what a row costs among very many, no more than what it costs alone."""
+    def _learn_row(self, num_drafts: int, row_s: float) -> None:
+        """No less than half of what a row costs among very many, no more than what it costs alone.
+
+        The fewer rows there were, the more the difference of two steps says of other things.
+        """
         row_s = min(max(row_s, 0.5 * self.prefill_s_per_token), self.decode_s(1))
-        self.row_s = _mixed(self.row_s, row_s)
+        self.row_s = _mixed(self.row_s, row_s, _WEIGHT * min(1.0, num_drafts / _SOME_ROWS))
 
 
 def _mixed(old: float, new: float, weight: float = _WEIGHT) -> float:
