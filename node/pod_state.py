@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from statistics import median_low
 
 from node.catalogue import Catalogue, Entry
 from node.gateway.backend import NoRoute as GatewayNoRoute
@@ -20,10 +21,12 @@ from node.placement.view import View
 from node.plan_book import PlanBook
 from node.pod_view import build_view, deployed_model
 from node.sessions.timings import Timings
-from node.status import NodeStatus, StatusError
+from node.status import MAX_RTT_US, NodeStatus, StatusError
 from pod.roster.roster import Roster
 
 log = logging.getLogger(__name__)
+
+MIN_FAR_RTT_US = 5_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +153,15 @@ class PodState:
     def predicted_tokens_per_s(self, model: bytes, stages: tuple[Stage, ...]) -> float | None:
         """By what the nodes of the route measured; None if one has not."""
         return predicted_tokens_per_s(self.view(), model, stages) if stages else None
+
+    def link_rtt_us(self) -> int:
+        """From this node to next stages, as recent requests told; 0 if unknown or too short to matter.
+
+        Under load even a ping on the same machine takes a millisecond.
+        """
+        ways_us = [way_us for (here, _), way_us in self.timings.links_us().items() if here == self._node]
+        rtt_us = 2 * median_low(ways_us) if ways_us else 0
+        return min(rtt_us, MAX_RTT_US) if rtt_us >= MIN_FAR_RTT_US else 0
 
     def route_text(self, stages: tuple[Stage, ...]) -> str:
         return route_text(stages, {node.id: node.name for node in self.roster.nodes.values()})

@@ -364,6 +364,7 @@ class NodeRuntime:
             ),
             problems=tuple(problems),
             speeds=self._serving.speeds() if self._serving else (),
+            link_rtt_us=self._state.link_rtt_us(),
         )
 
     def _data_address(self, ready: EngineReady) -> str:

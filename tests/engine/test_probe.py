@@ -150,3 +150,10 @@ def test_times_between_sizes_lie_on_a_line() -> None:
     assert speed.prefill_ns_per_token == 5000
     # A measurement that was disturbed never makes more rows cost less than none.
     assert Speed((100, 160, 50), (1, 1)).layer_ns(100) == 50_000
+
+
+def test_a_shard_without_the_head_does_not_make_it_unknown() -> None:
+    with_head, without = Speed((1, 2, 3), (4, 5), (7, 8, 9)), Speed((2, 3, 4), (5, 6))
+    assert without.or_head_of(with_head) == Speed((2, 3, 4), (5, 6), (7, 8, 9))
+    assert without.or_head_of(None) == without
+    assert with_head.or_head_of(Speed((1, 1, 1), (1, 1), (1, 1, 1))) == with_head

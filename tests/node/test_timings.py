@@ -210,3 +210,13 @@ async def test_a_real_request_tells_where_its_time_went(tmp_path: Path) -> None:
     # The last word of a stage may come too late to be heard; what is told is whole.
     assert found.route in ((), tuple((s.node, s.start_layer, s.end_layer) for s in ring.route))
     assert all(0 < stage.compute_us <= found.total_us for stage in found.stages)
+
+
+def test_only_a_long_way_is_told_to_others() -> None:
+    state = PodState(node=A, roster=None, adverts=dict, live=frozenset, catalogue=None)  # type: ignore[arg-type]
+    assert state.link_rtt_us() == 0
+    state.timings.add(request_time())
+    assert state.link_rtt_us() == 0
+    state.timings.recent.clear()
+    state.timings.add(request_time(stages=(stage_time(A, 1, 10_000), stage_time(B, 1, 90_000))))
+    assert state.link_rtt_us() == 20_000
