@@ -42,7 +42,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--peers",
-        default=",".join(DRIVERS.keys() - {"ours"}),
+        default=",".join(name for name in DRIVERS if name != "ours"),
         metavar="NAMES",
         help="which to compare with: %(default)s; or none",
     )

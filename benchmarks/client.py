@@ -37,13 +37,16 @@ class Endpoint:
     key: str
     model: str
 
-    async def complete(self, prompt: list[int], num_tokens: int, stream: Stream) -> None:
-        """Greedy, past the end of the text. Fills `stream` while it goes on."""
+    async def complete(
+        self, prompt: list[int], num_tokens: int, stream: Stream, temperature: float = 0.0
+    ) -> None:
+        """Past the end of the text, seeded. Fills `stream` while it goes on."""
         body = {
             "model": self.model,
             "prompt": prompt,
             "max_tokens": num_tokens,
-            "temperature": 0,
+            "temperature": temperature,
+            "seed": 1,
             "ignore_eos": True,
             "stream": True,
         }
@@ -88,13 +91,19 @@ async def _count(reader: asyncio.StreamReader, stream: Stream) -> None:
         raise StreamError("the stream ended without a token")
 
 
-async def _complete_all(endpoint: Endpoint, prompts: list[list[int]], num_tokens: int) -> list[Stream]:
+async def _complete_all(
+    endpoint: Endpoint, prompts: list[list[int]], num_tokens: int, temperature: float
+) -> list[Stream]:
     streams = [Stream() for _ in prompts]
-    jobs = (endpoint.complete(ids, num_tokens, s) for ids, s in zip(prompts, streams, strict=True))
+    jobs = (
+        endpoint.complete(ids, num_tokens, s, temperature) for ids, s in zip(prompts, streams, strict=True)
+    )
     await asyncio.gather(*jobs)
     return streams
 
 
-def complete_all(endpoint: Endpoint, prompts: list[list[int]], num_tokens: int) -> list[Stream]:
+def complete_all(
+    endpoint: Endpoint, prompts: list[list[int]], num_tokens: int, temperature: float = 0.0
+) -> list[Stream]:
     """All at once; returns when the last has ended. Raises StreamError or OSError."""
-    return uvloop.run(_complete_all(endpoint, prompts, num_tokens))
+    return uvloop.run(_complete_all(endpoint, prompts, num_tokens, temperature))

@@ -15,6 +15,7 @@ NUM_STAGES = 3
 PROMPT_TOKENS = 32
 DELAYS_MS = (1, 10, 50)
 MARGIN_MS = 1.0
+HOT = 1.5
 NO_DELAY = "the same without delay"
 
 
@@ -55,9 +56,11 @@ def _speculation(bench: Bench, off: pods.Pod) -> None:
             return system.decode([bench.prompts.repeating(192)], num_tokens)["tokens_per_s"]
 
         def plain(system: System) -> float:
-            return system.decode([bench.prompts.one(PROMPT_TOKENS)], num_tokens)["tokens_per_s"]
+            # Greedily this model soon repeats itself, whatever the prompt.
+            assert isinstance(system, pods.Pod)
+            return system.decode([bench.prompts.one(PROMPT_TOKENS)], num_tokens, HOT)["tokens_per_s"]
 
-        for text, measure, goal in (("repeating", repeat, 2.0), ("other", plain, 0.97)):
+        for text, measure, goal in (("repeating", repeat, 2.0), ("random", plain, 0.97)):
             series = bench.turns(systems, measure, 1 if bench.quick else 3)
             what = f"3 stages 10 ms apart, {text} text, speculation on"
             bench.compare(SECTION, what, "tokens/s", series, {"off": Goal(goal)})

@@ -52,9 +52,9 @@ class Pod:
     nodes: list[Node]
     endpoint: Endpoint
 
-    def decode(self, prompts: list[list[int]], num_tokens: int) -> dict[str, float]:
+    def decode(self, prompts: list[list[int]], num_tokens: int, temperature: float = 0.0) -> dict[str, float]:
         """As the peers answer: `first_s` and `tokens_per_s` of all streams together."""
-        streams = complete_all(self.endpoint, prompts, num_tokens)
+        streams = complete_all(self.endpoint, prompts, num_tokens, temperature)
         seen = timeline(min(stream.sent_s for stream in streams), [stream.times for stream in streams])
         # An event is a piece of text: not always one token.
         num_events = sum(len(stream.times) for stream in streams)
