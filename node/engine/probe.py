@@ -7,7 +7,6 @@ numbers go.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -41,8 +40,8 @@ class _Timer:
         run()
         return self._clock_s() - started_s
 
-    def median_s(self, run: Callable[[], None], expected_s: float) -> float:
-        """The first run warms up, and counts only if it stays alone. `expected_s` when there is no time."""
+    def least_s(self, run: Callable[[], None], expected_s: float) -> float:
+        """What else the machine does only adds to a time. `expected_s` when there is none to measure in."""
         share_s = max(0.0, self._until_s - self._clock_s()) / max(1, self._num_left)
         self._num_left -= 1
         if expected_s > share_s:
@@ -50,7 +49,7 @@ class _Timer:
         times_s = [self.once_s(run)]
         while len(times_s) <= _NUM_REPEATS and sum(times_s) + times_s[-1] < share_s:
             times_s.append(self.once_s(run))
-        return statistics.median(times_s[1:] or times_s)
+        return min(times_s)
 
 
 class _Passes:
@@ -143,7 +142,7 @@ def _times_s(
     times_s: list[float] = []
     for size in sizes:
         expected_s = known[1] * size / known[0]
-        time_s = timer.median_s(partial(run, size), expected_s) if fits(size) else expected_s
+        time_s = timer.least_s(partial(run, size), expected_s) if fits(size) else expected_s
         times_s.append(time_s)
         known = size, time_s
     return times_s
