@@ -20,6 +20,10 @@ from node.engine.sampling_edits import LogitEdits
 from node.engine.speculation import PassCosts, Speculation
 from node.links.frames import OpenSession, Stage
 
+# A row beside other sessions' must earn twice what it delays them: it saves mostly one such row later, for
+# they go on, and rows get dearer in jumps.
+SHARED_ROW_PRICE = 2
+
 
 class BadFrame(Exception):
     """A peer sent what this session cannot take; the message is one line."""
@@ -190,11 +194,14 @@ class StageSession:
         """All stages are taken to be as fast as this one: for a row and, until one was timed, for a pass."""
         group = self.group
         share = (group.end_layer - group.start_layer) / self.loaded.manifest.num_layers
-        pass_s = group.pace.decode_s(group.max_num_decodes)
+        # Those whose prompts still run will soon share the steps, and wait for them now.
+        num_sharing = -(-group.num_sessions // group.num_stages)
+        pass_s = group.pace.decode_s(num_sharing)
         if not self.is_last_stage:
             assert self.speculation is not None
             pass_s = self.speculation.round_s or pass_s / share
-        return PassCosts(pass_s, group.pace.row_s / share * max(1, group.max_num_decodes))
+        price = 1 if num_sharing <= 1 else SHARED_ROW_PRICE * num_sharing
+        return PassCosts(pass_s, group.pace.row_s / share * price)
 
     def take(self, num_tokens: int) -> Slice:
         """At most `num_tokens` of the input that is due; the rest stays."""
