@@ -1,7 +1,7 @@
 """Which of the waiting inputs run in this step: decode first, then prefill chunks under the token budget.
 
-Beside decodes a chunk is no longer than what takes as long as the decodes themselves, so that a prompt never
-stalls the streams of others. Pure: it takes from sessions and knows neither torch nor links, only whether a
+Beside decodes a chunk is no longer than what takes a good half as long as the decodes themselves, so that a
+prompt never stalls the streams of others. Pure: it takes from sessions and knows neither torch nor links, only whether a
 next hop has room for bulk.
 """
 
@@ -12,6 +12,10 @@ from dataclasses import dataclass
 
 from node.engine.group import Group
 from node.engine.session import Slice, StageSession
+
+
+# With as much prefill as decoding, the longest gaps of a measured run were beyond three calm ones.
+PREFILL_SHARE = 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +63,12 @@ def schedule(
 
 
 def seconds_beside_decodes(groups: Iterable[Group]) -> float | None:
-    """How long prefill may take in one step: as long as the decodes of a step, here now or on their way.
+    """How long prefill may take in one step: a share of the decodes of a step, here now or on their way.
 
     None: nothing decodes.
     """
     decode_s = [group.pace.decode_s(group.max_num_decodes) for group in groups if group.num_decoding]
-    return sum(decode_s) if decode_s else None
+    return PREFILL_SHARE * sum(decode_s) if decode_s else None
 
 
 def _add_prefill(
