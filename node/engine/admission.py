@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 from ledger.rate_card import RateCard
 from node.engine.kv_cache import BLOCK_TOKENS, BlockTable, KvCache, num_blocks_for
@@ -45,7 +46,8 @@ class Admission:
         self._shards = shards
         self._rate_cards = rate_cards
         self._clock_ms = clock_ms
-        self._owed: dict[KvCache, tuple[int, int]] = {}
+        # A cache that is dropped takes what is owed with it.
+        self._owed: WeakKeyDictionary[KvCache, tuple[int, int]] = WeakKeyDictionary()
 
     def admit(self, peer: bytes, opening: OpenSession) -> StageSession:
         """Check everything, then take KV room. Raises Refusal; the caller puts the session in the book."""

@@ -46,7 +46,7 @@ Answer = TypeVar("Answer")
 BULK_RETRY_S = 0.002
 STOP_TIMEOUT_S = 10.0
 MAX_WAIT_S = 3600.0
-# A session with more output unsigned waits for its head: that is all a stage can lose.
+# A session with more output unsigned waits for its head: that and its prompt are all a stage can lose.
 MAX_NUM_UNSIGNED_OUTPUT_TOKENS = 256
 MAX_NUM_ENTRIES_PER_STEP = 256
 MAX_ENTRIES_S = 0.02

@@ -5,6 +5,7 @@ Input is taken in order only: a frame for any other position is the sender's mis
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import deque
 from collections.abc import Sequence
@@ -211,7 +212,8 @@ class StageSession:
         rest = first.num_tokens - num_tokens
         source, row, arrived_s = first.source, first.row, first.arrived_s
         self.waiting.appendleft(
-            Slice(self, first.position + num_tokens, rest, source, row + num_tokens, arrived_s)
+            # It waits for the chunk before it, which is no queue.
+            Slice(self, first.position + num_tokens, rest, source, row + num_tokens, math.inf)
         )
         return Slice(self, first.position, num_tokens, source, row, arrived_s)
 

@@ -104,6 +104,11 @@ def check_config(config: PreTrainedConfig, source: Path) -> None:
             f"{source}: quantization {str(method)!r} of its config is not supported "
             "(supported: GGUF files, or float weights with --quantize int4 or int8)"
         )
+    num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ModelError(
+            f"{source}: {num_heads} attention heads cannot share {num_kv_heads} heads of keys and values"
+        )
     parameters = getattr(config, "rope_parameters", None) or {}
     # One set for the model, or one per layer type.
     per_layer_type = [value for value in parameters.values() if isinstance(value, dict)]

@@ -29,6 +29,8 @@ from node.sessions.terms import SessionTerms
 
 # Liveness pings end a frozen or dead stage within seconds; this is the bound for one that lives but is stuck.
 STALL_TIMEOUT_S = 120.0
+# A long prompt, or one behind others, takes its time.
+FIRST_TOKEN_TIMEOUT_S = 1200.0
 CO_SIGN_TIMEOUT_S = 3.0
 
 # After these a stage still knows what it did, and signs for it.
@@ -76,10 +78,11 @@ class Attempt:
     async def next_tokens(self) -> list[GeneratedToken]:
         """What the next event brings, which may be none. Raises AttemptLost."""
         try:
-            async with asyncio.timeout(STALL_TIMEOUT_S):
+            timeout_s = STALL_TIMEOUT_S if self.num_tokens else FIRST_TOKEN_TIMEOUT_S
+            async with asyncio.timeout(timeout_s):
                 event = await self._subscription.next()
         except TimeoutError:
-            raise AttemptLost(ErrorCode.DEADLINE, f"no token came for {STALL_TIMEOUT_S:.0f} s") from None
+            raise AttemptLost(ErrorCode.DEADLINE, f"no token came for {timeout_s:.0f} s") from None
         return self._take(event)
 
     def _take(self, event: Event) -> list[GeneratedToken]:

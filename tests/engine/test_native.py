@@ -267,6 +267,9 @@ def test_what_the_kernels_cannot_run_is_named() -> None:
     assert "dimensions" in (why_not(LlamaConfig(**_SIZES | {"head_dim": 24, "hidden_size": 96})) or "")
     assert "activation" in (why_not(LlamaConfig(**_SIZES, hidden_act="relu")) or "")
     assert "multiples" in (why_not(LlamaConfig(**_SIZES | {"intermediate_size": 100})) or "")
+    assert "evenly" in (why_not(LlamaConfig(**_SIZES | {"num_key_value_heads": 3})) or "")
+    partly = {"rope_type": "linear", "factor": 1.0, "partial_rotary_factor": 8}
+    assert "part of each head" in (why_not(LlamaConfig(**_SIZES, rope_parameters=partly)) or "")
     assert "rotary" in (
         why_not(LlamaConfig(**_SIZES, rope_parameters=_LLAMA3_ROPE | {"rope_type": "dynamic"})) or ""
     )

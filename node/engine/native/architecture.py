@@ -42,6 +42,11 @@ def why_not(config: PreTrainedConfig) -> str | None:
         return f"its sizes {sizes} are not all multiples of {_MULTIPLE}"
     if head_dim % _LANES or head_dim > _MAX_HEAD_DIM:
         return f"its heads have {head_dim} dimensions"
+    num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        return f"its {num_heads} heads do not share {num_kv_heads} heads of keys and values evenly"
+    if any(share != 1 for share in _rotary_shares(config)):
+        return "its rotary embedding turns a part of each head"
     if unknown := _rope_types(config) - _ROPE_TYPES:
         return f"its rotary embedding is of type {', '.join(sorted(unknown))}"
     if getattr(config, "mlp_bias", False):
@@ -92,8 +97,9 @@ def rope_of(rotary: nn.Module, layer_type: str | None) -> Rope:
 
 
 def place_layer(layer: Layer, config: PreTrainedConfig, attention: nn.Module, rope: Rope, kind: int) -> None:
-    """What a layer knows of positions."""
-    assert kind < _MAX_NUM_ROPE_KINDS
+    """What a layer knows of positions. Raises ValueError for what would not fit the kernels' tables."""
+    if kind >= _MAX_NUM_ROPE_KINDS or 2 * len(rope.inverse_frequencies) != _head_dim(config):
+        raise ValueError("a rotary embedding that the kernels have no room for")
     # Mistral's layers ask the config for their window.
     own = config if config.model_type in _FAMILIES_WITH_ONE_WINDOW else attention
     layer.window = getattr(own, "sliding_window", None) or 0
@@ -111,7 +117,16 @@ def _head_dim(config: PreTrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _rope_types(config: PreTrainedConfig) -> set[str]:
+def _rope_parameters(config: PreTrainedConfig) -> list[dict[str, object]]:
+    """One set for the model, or one for each type of layer."""
     parameters = config.rope_parameters or {}
-    by_layer = [value for value in parameters.values() if isinstance(value, dict)]
-    return {str(each.get("rope_type", "default")) for each in by_layer or [parameters]}
+    return [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+
+
+def _rope_types(config: PreTrainedConfig) -> set[str]:
+    return {str(each.get("rope_type", "default")) for each in _rope_parameters(config)}
+
+
+def _rotary_shares(config: PreTrainedConfig) -> list[object]:
+    own = getattr(config, "partial_rotary_factor", None)
+    return [each.get("partial_rotary_factor", own) or 1 for each in _rope_parameters(config)]

@@ -5,6 +5,7 @@ A step reads every weight once: with pages of 4 KiB the look-up of addresses cos
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 
@@ -35,7 +36,9 @@ class Arena:
     def _add_piece(self, num_bytes: int) -> None:
         piece = mmap.mmap(-1, num_bytes)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            piece.madvise(mmap.MADV_HUGEPAGE)
+            # Not every Linux kernel has them.
+            with contextlib.suppress(OSError):
+                piece.madvise(mmap.MADV_HUGEPAGE)
         self._pieces.append(piece)
         self._free_bytes = num_bytes
         self._next = ctypes.addressof(ctypes.c_char.from_buffer(piece))

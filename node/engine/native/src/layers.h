@@ -166,7 +166,7 @@ class Step {
     }
 
     void run_layer(const Layer& layer) {
-        norm_rows(layer.norm_before_attention, is_packed(layer.query) || is_packed(layer.value));
+        norm_rows(layer.norm_before_attention, is_packed(layer.query) || is_packed(layer.key) || is_packed(layer.value));
         pool_.barrier();
         project_attention(layer);
         pool_.barrier();

@@ -18,24 +18,25 @@ static inline void relax() {
 class Pool {
    public:
     explicit Pool(int num_threads) : num_threads_(num_threads) {
-        for (int thread = 1; thread < num_threads; thread++)
-            threads_.emplace_back([this, thread] { work(thread); });
+        try {
+            for (int thread = 1; thread < num_threads; thread++)
+                threads_.emplace_back([this, thread] { work(thread); });
+        } catch (...) {
+            end();
+            throw;
+        }
     }
 
-    ~Pool() {
-        is_over_ = true;
-        start();
-        for (auto& thread : threads_) thread.join();
-    }
+    ~Pool() { end(); }
 
     int num_threads() const { return num_threads_; }
 
     // `run(argument, thread)` on every thread, this one included; returns when all are through.
     void run(void (*function)(void*, int), void* argument) {
+        next_task_.store(0, std::memory_order_relaxed);
         if (num_threads_ == 1) return function(argument, 0);
         function_ = function;
         argument_ = argument;
-        next_task_.store(0, std::memory_order_relaxed);
         start();
         function(argument, 0);
         barrier();
@@ -71,6 +72,12 @@ class Pool {
             relax();
         }
         while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+    }
+
+    void end() {
+        is_over_ = true;
+        start();
+        for (auto& thread : threads_) thread.join();
     }
 
     void start() {
