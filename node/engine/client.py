@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import sys
 import time
@@ -189,6 +190,8 @@ class EngineClient:
                 "node.engine",
                 str(theirs.fileno()),
                 pass_fds=[theirs.fileno()],
+                # torch's idle threads would spin for milliseconds on the cores that the kernels need.
+                env={"OMP_WAIT_POLICY": "passive", **os.environ},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log_file,
                 stderr=log_file,

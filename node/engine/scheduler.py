@@ -1,8 +1,8 @@
 """Which of the waiting inputs run in this step: decode first, then prefill chunks under the token budget.
 
 Beside decodes a chunk is no longer than what takes a good half as long as the decodes themselves, so that a
-prompt never stalls the streams of others. Pure: it takes from sessions and knows neither torch nor links, only
-whether a next hop has room for bulk.
+prompt never stalls the streams of others. Pure: it takes from sessions and knows neither torch nor links,
+only whether a next hop has room for bulk.
 """
 
 from __future__ import annotations

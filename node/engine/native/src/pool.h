@@ -7,7 +7,10 @@
 #include <thread>
 #include <vector>
 
-static inline void relax() {
+// A moment's rest for the other thread of this core, but not at every turn: a virtual machine's host takes many pauses
+// in a row for a lock that is held, and gives the core away.
+static inline void relax(int turn) {
+    if (turn % 64 != 63) return;
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -63,13 +66,13 @@ class Pool {
     int take(int count) { return next_task_.fetch_add(count, std::memory_order_relaxed); }
 
    private:
-    static constexpr int NUM_SPINS_BARRIER = 2000;
-    static constexpr int NUM_SPINS_IDLE = 500;
+    static constexpr int NUM_SPINS_BARRIER = 50000;
+    static constexpr int NUM_SPINS_IDLE = 10000;
 
     static void wait_while(std::atomic<uint32_t>& value, uint32_t old, int num_spins) {
         for (int spin = 0; spin < num_spins; spin++) {
             if (value.load(std::memory_order_acquire) != old) return;
-            relax();
+            relax(spin);
         }
         while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
     }
