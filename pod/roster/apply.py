@@ -43,7 +43,8 @@ class RosterError(ValueError):
 
 def roster_of(pod: bytes, events: Iterable[Event]) -> Roster:
     """The roster of `pod`. Raises RosterError when the event that created the pod is missing."""
-    ordered = sorted((event for event in events if _is_of(event, pod)), key=lambda event: event.order)
+    different = {event.hash: event for event in events if _is_of(event, pod)}
+    ordered = sorted(different.values(), key=lambda event: event.order)
     created = next((event for event in ordered if event.hash == pod), None)
     if created is None or not isinstance(created.body, PodCreated):
         raise RosterError("the event that created the pod is missing")
