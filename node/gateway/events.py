@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import asynccontextmanager, suppress
 
 from starlette.responses import Response
 from starlette.types import Receive, Send
@@ -17,12 +18,36 @@ class ClientStalled(Exception):
 
 
 class EventWriter:
-    """Server-sent events on one response; the headers leave with the first write."""
+    """Server-sent events on one response; the headers leave with the first write. Several may write."""
 
     def __init__(self, send: Send, headers: Mapping[str, str]) -> None:
         self._send = send
         self._headers = dict(headers)
         self.started = False
+        self._turn = asyncio.Lock()
+        self._last_write_s = 0.0
+
+    @asynccontextmanager
+    async def kept_alive(self, idle_s: float) -> AsyncIterator[None]:
+        """A comment after each `idle_s` of silence while the block runs."""
+        breaking = asyncio.create_task(self._break_silence(idle_s))
+        try:
+            yield
+        finally:
+            breaking.cancel()
+            await asyncio.wait({breaking})
+
+    async def _break_silence(self, idle_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        self._last_write_s = self._last_write_s or loop.time()
+        # Whoever writes what matters will find a stalled client too.
+        with suppress(ClientStalled):
+            while True:
+                left_s = self._last_write_s + idle_s - loop.time()
+                if left_s > 0:
+                    await asyncio.sleep(left_s)
+                else:
+                    await self.write(b": keep-alive\n\n")
 
     async def write(self, data: bytes) -> None:
         await self._write(data, more=True)
@@ -31,14 +56,16 @@ class EventWriter:
         await self._write(data, more=False)
 
     async def _write(self, data: bytes, more: bool) -> None:
-        if not self.started:
-            self.started = True
-            await self._send({"type": "http.response.start", "status": 200, "headers": self._raw_headers()})
         try:
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
+            async with asyncio.timeout(WRITE_TIMEOUT_S), self._turn:
+                if not self.started:
+                    self.started = True
+                    headers = self._raw_headers()
+                    await self._send({"type": "http.response.start", "status": 200, "headers": headers})
                 await self._send({"type": "http.response.body", "body": data, "more_body": more})
         except TimeoutError:
             raise ClientStalled(f"nothing read for {WRITE_TIMEOUT_S:.0f} s") from None
+        self._last_write_s = asyncio.get_running_loop().time()
 
     def _raw_headers(self) -> list[tuple[bytes, bytes]]:
         fixed = {"cache-control": "no-cache", "x-accel-buffering": "no"}

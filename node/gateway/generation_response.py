@@ -21,8 +21,8 @@ from node.gateway.backend import Backend, BackendRefusal, Caller, GenerationRequ
 from node.gateway.delivery import Delivery
 from node.gateway.errors import error_of, internal_error
 from node.gateway.events import ClientStalled, EventWriter, event, while_connected
-from node.gateway.interleave import interleave
 from node.gateway.metrics import GatewayMetrics
+from node.gateway.together import together
 
 MAX_ROUTE_HEADER_CHARS = 4096
 
@@ -77,12 +77,8 @@ class GenerationResponse(Response):
 
     async def _whole(self, deliveries: Sequence[Delivery]) -> JSONResponse:
         choices = [Choice() for _ in deliveries]
-        async with aclosing(interleave([d.pieces() for d in deliveries], self._keep_alive_s)) as pieces:
-            async for item in pieces:
-                if item is not None:
-                    index, piece = item
-                    choices[index].add(piece)
-                    deliveries[index].num_delivered = piece.num_output_tokens
+        pairs = zip(deliveries, choices, strict=True)
+        await together([_collect(delivery, choice) for delivery, choice in pairs])
         usages = [await delivery.settle() for delivery in deliveries]
         body = self._job.shape.whole(choices) | {"usage": total_usage(usages)}
         return JSONResponse(body, headers={"x-pod-route": route_header(deliveries)})
@@ -90,7 +86,8 @@ class GenerationResponse(Response):
     async def _write_stream(self, deliveries: Sequence[Delivery], send: Send) -> None:
         writer = EventWriter(send, {"x-pod-route": route_header(deliveries)})
         try:
-            await self._write_pieces(deliveries, writer)
+            async with writer.kept_alive(self._keep_alive_s):
+                await self._write_pieces(deliveries, writer)
             usages = [await delivery.settle() for delivery in deliveries]
             if self._job.include_usage:
                 usage = {"usage": total_usage(usages)}
@@ -107,19 +104,21 @@ class GenerationResponse(Response):
     async def _write_pieces(self, deliveries: Sequence[Delivery], writer: EventWriter) -> None:
         shape = self._job.shape
         opening = shape.opening_chunks()
-        async with aclosing(interleave([d.pieces() for d in deliveries], self._keep_alive_s)) as pieces:
-            async for item in pieces:
-                if item is None:
-                    await writer.write(b": keep-alive\n\n")
-                    continue
-                index, piece = item
-                if opening:
-                    self._metrics.observe_first_token(time.monotonic() - self._started_at)
-                usage = self._chunk_usage(deliveries, index, piece.num_output_tokens)
-                chunks = opening + shape.chunks(index, piece)
-                opening = []
-                await writer.write(b"".join(event(chunk | usage) for chunk in chunks))
-                deliveries[index].num_delivered = piece.num_output_tokens
+        is_first = True
+
+        async def write_all(index: int, delivery: Delivery) -> None:
+            nonlocal opening, is_first
+            async with aclosing(delivery.pieces()) as pieces:
+                async for piece in pieces:
+                    if is_first:
+                        is_first = False
+                        self._metrics.observe_first_token(time.monotonic() - self._started_at)
+                    usage = self._chunk_usage(deliveries, index, piece.num_output_tokens)
+                    chunks, opening = opening + shape.chunks(index, piece), []
+                    await writer.write(b"".join([event(chunk | usage) for chunk in chunks]))
+                    delivery.num_delivered = piece.num_output_tokens
+
+        await together([write_all(index, delivery) for index, delivery in enumerate(deliveries)])
 
     def _chunk_usage(self, deliveries: Sequence[Delivery], index: int, num_output_tokens: int) -> Json:
         """Chunks before the last say `usage: null` when usage was asked for, as the original does."""
@@ -128,6 +127,13 @@ class GenerationResponse(Response):
             others = sum(d.num_delivered for at, d in enumerate(deliveries) if at != index)
             return {"usage": usage_object(num_prompt_tokens, others + num_output_tokens, 0)}
         return {"usage": None} if self._job.include_usage else {}
+
+
+async def _collect(delivery: Delivery, choice: Choice) -> None:
+    async with aclosing(delivery.pieces()) as pieces:
+        async for piece in pieces:
+            choice.add(piece)
+            delivery.num_delivered = piece.num_output_tokens
 
 
 def route_header(deliveries: Sequence[Delivery]) -> str:
