@@ -17,7 +17,7 @@ from node.engine.meter import Meter
 from node.engine.opening import Refusal, find_shard, packed_ids
 from node.engine.prefix_cache import scope_of
 from node.engine.sampling_edits import LogitEdits
-from node.engine.session import StageSession, max_num_tokens
+from node.engine.session import StageSession, max_num_tokens, num_own_prompt_tokens
 from node.engine.session_book import SessionBook
 from node.links.frames import ErrorCode, OpenSession
 
@@ -94,7 +94,7 @@ class Admission:
         wanted = min(most, opening.num_prompt_tokens + NUM_SPARE_TOKENS)
         is_replay = opening.num_output_tokens_before > 0
         num_owed_blocks = 0 if is_replay else self._num_owed_blocks(cache, now_ms)
-        num_reusable = (opening.num_prompt_tokens - 1) // BLOCK_TOKENS
+        num_reusable = min(opening.num_prompt_tokens - 1, num_own_prompt_tokens(opening)) // BLOCK_TOKENS
         cached = cache.prefixes.take(scope, opening.prefix_hashes[:num_reusable])
         num_new_blocks = num_blocks_for(wanted) - len(cached)
         if cache.pool.can_allocate(num_new_blocks + num_owed_blocks):

@@ -23,11 +23,16 @@ MIN_TOKENS_IN_PLACE = 128
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Consecutive tokens of one session inside the packed row; the first stands at `position`."""
+    """Consecutive tokens of one session inside the packed row; the first stands at `position`.
+
+    The first `num_prompt_tokens` are of the prompt that was asked about: kernels may multiply those in
+    another way than what came out, as long as they always do.
+    """
 
     table: BlockTable
     position: int
     num_tokens: int
+    num_prompt_tokens: int = 0
 
     @property
     def end(self) -> int:

@@ -27,7 +27,8 @@ def run_layers(group: Group, parts: Sequence[Slice]) -> Tensor:
             positions.append(part.position)
         else:
             positions.extend(range(part.position, part.end))
-        spans.append(Span(part.session.table, part.position, part.num_tokens))
+        num_prompt_tokens = min(max(0, part.session.num_own_prompt_tokens - part.position), part.num_tokens)
+        spans.append(Span(part.session.table, part.position, part.num_tokens, num_prompt_tokens))
     if group.start_layer == 0:
         hidden_TD = shard.embed(torch.tensor(_ids(parts), device=shard.device))
     else:

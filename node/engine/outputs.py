@@ -34,10 +34,10 @@ class _Picking:
 
     def draw(self) -> Draw:
         session = self.part.session
-        opening = session.opening
-        num_own_prompt_tokens = opening.num_prompt_tokens - opening.num_output_tokens_before
         position = self.part.end - len(self.part.draft_ids) + self.number
-        return Draw(opening.sampling, position, position - num_own_prompt_tokens, session.edits)
+        return Draw(
+            session.opening.sampling, position, position - session.num_own_prompt_tokens, session.edits
+        )
 
     def take(self, draw: Draw, pick: Pick) -> bool:
         """Whether the next row counts: it is of the token that was picked, and that was not the last."""

@@ -69,7 +69,7 @@ class _Passes:
 
     def prefill(self, num_rows: int) -> None:
         table = self._cache.open(num_rows)
-        self._run([table], [Span(table, 0, num_rows)])
+        self._run([table], [Span(table, 0, num_rows, num_rows)])
 
     def head(self, num_rows: int) -> None:
         _finish(self._runner.logits(self._rows_TD[:num_rows].clone()))

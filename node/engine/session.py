@@ -90,6 +90,7 @@ class StageSession:
     id: bytes = field(init=False)
     head: bytes = field(init=False)
     num_prompt_tokens: int = field(init=False)
+    num_own_prompt_tokens: int = field(init=False)
     max_num_tokens: int = field(init=False)
     is_first_stage: bool = field(init=False)
     is_last_stage: bool = field(init=False)
@@ -103,6 +104,7 @@ class StageSession:
         self.id = opening.session
         self.head = opening.head
         self.num_prompt_tokens = opening.num_prompt_tokens
+        self.num_own_prompt_tokens = num_own_prompt_tokens(opening)
         self.max_num_tokens = max_num_tokens(opening)
         self.is_first_stage = index == 0
         self.is_last_stage = index == len(route) - 1
@@ -223,12 +225,20 @@ class StageSession:
         self.loaded.cache.close(self.table)
 
     def cache_prompt_blocks(self, end: int) -> None:
-        """The rows before `end` are in the KV: full blocks of the prompt may be found by later sessions."""
+        """The rows before `end` are in the KV: full blocks of the prompt may be found by later sessions.
+
+        Not those with replayed output: a prompt's rows may be computed in another way.
+        """
         hashes, blocks = self.opening.prefix_hashes, self.table.blocks
-        num_full_blocks = min(min(end, self.num_prompt_tokens) // BLOCK_TOKENS, len(hashes))
+        num_full_blocks = min(min(end, self.num_own_prompt_tokens) // BLOCK_TOKENS, len(hashes))
         for index in range(self.num_hashed_blocks, num_full_blocks):
             self.loaded.cache.prefixes.add(self.scope, hashes[index], blocks[index])
         self.num_hashed_blocks = max(self.num_hashed_blocks, num_full_blocks)
+
+
+def num_own_prompt_tokens(opening: OpenSession) -> int:
+    """Without the output that a replay has at the end of its prompt."""
+    return opening.num_prompt_tokens - opening.num_output_tokens_before
 
 
 def max_num_tokens(opening: OpenSession) -> int:

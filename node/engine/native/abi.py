@@ -7,9 +7,9 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from struct import Struct
 
-ABI_VERSION = 1
-# blocks, position, num_tokens: `Span` in src/model.h
-SPAN = Struct("@Pii")
+ABI_VERSION = 2
+# blocks, position, num_tokens, num_prompt_tokens: `Span` in src/model.h
+SPAN = Struct("@Piii4x")
 
 
 class Weight(ctypes.Structure):

@@ -201,7 +201,8 @@ class NativeShard:
         spans = bytearray(SPAN.size * len(step.spans))
         for index, span in enumerate(step.spans):
             blocks = span.table.blocks.buffer_info()[0]
-            SPAN.pack_into(spans, index * SPAN.size, blocks, span.position, span.num_tokens)
+            counts = span.position, span.num_tokens, span.num_prompt_tokens
+            SPAN.pack_into(spans, index * SPAN.size, blocks, *counts)
         failed = self._kernels.run(
             self._context,
             hidden_TD.data_ptr(),

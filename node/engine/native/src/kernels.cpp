@@ -11,7 +11,7 @@ struct Context {
 
 extern "C" {
 
-int gp_abi() { return 1; }
+int gp_abi() { return 2; }
 
 int64_t gp_weight_bytes(int bits, int n, int k) { return weight_bytes(bits, n, k); }
 

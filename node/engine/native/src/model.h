@@ -28,9 +28,11 @@ struct Model {
     const Layer* layers;
 };
 
-// Consecutive rows of one session; the first stands at `position`.
+// Consecutive rows of one session; the first stands at `position`, the first `num_prompt_tokens` are of its prompt.
 struct Span {
     const int32_t* blocks;
     int32_t position;
     int32_t num_tokens;
+    int32_t num_prompt_tokens;
+    int32_t padding;
 };
