@@ -35,19 +35,19 @@ class EventWriter:
             yield
         finally:
             breaking.cancel()
-            await asyncio.wait({breaking})
+            await asyncio.gather(breaking, return_exceptions=True)
 
     async def _break_silence(self, idle_s: float) -> None:
         loop = asyncio.get_running_loop()
         self._last_write_s = self._last_write_s or loop.time()
-        # Whoever writes what matters will find a stalled client too.
-        with suppress(ClientStalled):
-            while True:
-                left_s = self._last_write_s + idle_s - loop.time()
-                if left_s > 0:
-                    await asyncio.sleep(left_s)
-                else:
-                    await self.write(b": keep-alive\n\n")
+        while True:
+            left_s = self._last_write_s + idle_s - loop.time()
+            if left_s > 0:
+                await asyncio.sleep(left_s)
+                continue
+            # Whoever writes what matters will find a stalled client too.
+            with suppress(ClientStalled):
+                await self.write(b": keep-alive\n\n")
 
     async def write(self, data: bytes) -> None:
         await self._write(data, more=True)
@@ -57,11 +57,12 @@ class EventWriter:
 
     async def _write(self, data: bytes, more: bool) -> None:
         try:
-            async with asyncio.timeout(WRITE_TIMEOUT_S), self._turn:
+            async with self._turn, asyncio.timeout(WRITE_TIMEOUT_S):
                 if not self.started:
-                    self.started = True
                     headers = self._raw_headers()
                     await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+                    # Only now: who is cancelled while it waits has sent nothing.
+                    self.started = True
                 await self._send({"type": "http.response.body", "body": data, "more_body": more})
         except TimeoutError:
             raise ClientStalled(f"nothing read for {WRITE_TIMEOUT_S:.0f} s") from None

@@ -80,8 +80,12 @@ def make_config(family: str) -> PreTrainedConfig:
 
 
 def make_reference(family: str) -> PreTrainedModel:
+    return make_model(make_config(family))
+
+
+def make_model(config: PreTrainedConfig) -> PreTrainedModel:
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(make_config(family), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for parameter in model.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.08)
@@ -228,6 +232,33 @@ def test_the_same_bits_in_any_batch_and_any_split(kernels: Kernels, reference: P
             ]
             hidden = native.rows(hidden, spans)
     assert torch.equal(last.shard.logits(hidden), torch.stack(alone))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "window"),
+    [(6, 3, 64, 24), (4, 1, 96, 260), (6, 3, 48, 1024), (2, 2, 128, 280), (7, 1, 32, 1024)],
+)
+def test_prompts_with_heads_of_many_sizes(
+    kernels: Kernels, num_heads: int, num_kv_heads: int, head_dim: int, window: int
+) -> None:
+    """Also where a step has rows of prompts and of output, attended to in parts by all threads."""
+    heads = {"num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads, "head_dim": head_dim}
+    model = make_model(MistralConfig(**_SIZES | heads, sliding_window=window))
+    twin = copy.deepcopy(model)
+    for name, value in twin.state_dict().items():
+        value.copy_(as_computed(model.state_dict()[name], 16))
+    ids = prompt()
+    expected = twin(torch.tensor([ids])).logits[0]
+    num_prompt_tokens = len(ids) - 10
+    chunks = [200, 85, 8, *[1] * 7]
+    found = [
+        Native(kernels, model, 16, num_threads=num_threads).logits_of(ids, parts, num_prompt_tokens)
+        for num_threads, parts in ((1, [len(ids)]), (2, chunks), (3, [31, *chunks[1:], 169]))
+    ]
+    assert (found[0] - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    assert torch.equal(found[1], found[0])
+    assert torch.equal(found[2], found[0])
 
 
 @torch.inference_mode()

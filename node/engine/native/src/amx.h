@@ -22,6 +22,9 @@ static inline bool has_matrix_unit() {
     return has;
 }
 
+// Loading a register does not tell GCC that memory is read: what was written before must stand there.
+static inline void finish_stores() { asm volatile("" : : : "memory"); }
+
 // Once a thread: registers 0 to 3 sums [16][16], 4 and 5 inputs [16 rows][32], 6 and 7 codes [8 fours][16][4].
 static inline void configure_matrix_unit() {
     struct alignas(64) {
@@ -72,6 +75,7 @@ static inline void multiply_group(const uint8_t* codes, const Rows& rows, int fi
                                   int32_t* sums) {
     const int8_t* numbers = rows.numbers + ((int64_t)group * rows.num_rows + first) * NUMBER_BYTES;
     const uint8_t* bytes = group_bytes<BITS>(codes, group, apart);
+    finish_stores();
     if constexpr (SIDE == 0) {
         _tile_zero(0);
         _tile_zero(1);

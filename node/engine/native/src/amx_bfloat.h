@@ -116,6 +116,7 @@ static inline void bfloats_of_tile(const Weight& weight, int tile, uint16_t* to)
 
 // Rows [first, first + 32) times two tiles; `out` [2 tiles][32 rows].
 static inline void multiply_block(const uint16_t* weights, int k, const Parts& parts, int first, f32x16* out) {
+    finish_stores();
     const uint16_t* second = weights + (int64_t)k * LANES;
     _tile_zero(0);
     _tile_zero(1);

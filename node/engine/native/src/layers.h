@@ -13,8 +13,6 @@
 #include "prompt_attention.h"
 
 constexpr int MAX_ROPE_KINDS = 2;
-// The parts of so many rows are kept apart.
-constexpr int MAX_CUT_ROWS = 1024;
 
 // Memory that grows and is kept from step to step.
 template <typename T>
@@ -122,9 +120,9 @@ class Step {
         int span, position;
     };
 
-    // Rows of one span that attend together.
+    // Rows of one span that attend together; the first is the `number`th of all such rows.
     struct Attention {
-        int first_row, num_rows;
+        int first_row, num_rows, number;
     };
 
     // Queries [first, last) of a span's prompt rows, counted row by row and head by head within a group.
@@ -150,21 +148,23 @@ class Step {
                     {(int)places_.size(), first, std::min(first + MAX_TASK_QUERIES, num_prompt_queries)});
             for (int row = can_attend ? num_prompt_rows : 0; row < num_tokens; row += rows_at_once) {
                 const int left = num_tokens - row;
-                attentions_.push_back({(int)places_.size() + row, left < rows_at_once ? left : rows_at_once});
-                num_exact_rows += attentions_.back().num_rows;
+                const int count = left < rows_at_once ? left : rows_at_once;
+                attentions_.push_back({(int)places_.size() + row, count, num_exact_rows});
+                num_exact_rows += count;
             }
             add_run((int)places_.size(), num_prompt_rows, true);
             add_run((int)places_.size() + num_prompt_rows, num_tokens - num_prompt_rows, false);
             for (int row = 0; row < num_tokens; row++) places_.push_back({span, spans_[span].position + row});
-            longest = std::max(longest, spans_[span].position + num_tokens);
+            const bool is_exact = !can_attend || num_prompt_rows < num_tokens;
+            if (is_exact) longest = std::max(longest, spans_[span].position + num_tokens);
         }
         num_rows_ = (int)places_.size();
         num_parts_ = (longest + PART_TOKENS - 1) / PART_TOKENS;
         const int num_tasks = (int)attentions_.size() * model_.num_kv_heads;
         // Few long sequences are cut into parts, so that every thread has some.
         is_cut_ = num_parts_ > 1 && pool_.num_threads() > 1 && num_exact_rows <= MAX_QUERIES &&
-                  num_rows_ <= MAX_CUT_ROWS && num_tasks < 8 * pool_.num_threads();
-        if (is_cut_) partials_.reserve((int64_t)num_rows_ * model_.num_heads * num_parts_);
+                  num_tasks < 8 * pool_.num_threads();
+        if (is_cut_) partials_.reserve((int64_t)num_exact_rows * model_.num_heads * num_parts_);
         const int query_size = model_.num_heads * model_.head_dim, kv_size = model_.num_kv_heads * model_.head_dim;
         const bool has_prompts = std::any_of(runs_.begin(), runs_.end(), [](const Run& run) { return run.is_prompt; });
         normed_ = normed_buffer_.reserve(num_rows_, model_.hidden_size, has_prompts);
@@ -459,6 +459,7 @@ class Step {
             int places[MAX_QUERIES][2];
             Query queries[MAX_QUERIES];
             const HeadCache cache = cache_of(layer, head, places_[attention.first_row].span);
+            const int before = attention.first_row - attention.number;
             int count = 0;
             for (int row = attention.first_row; row < attention.first_row + attention.num_rows; row++)
                 for (int query = head * group; query < (head + 1) * group; query++) {
@@ -469,7 +470,7 @@ class Step {
                                          query + 1 == (head + 1) * group;
                     if (count < MAX_QUERIES && !is_last) continue;
                     if (is_cut_)
-                        attend_one_part(cache, queries, places, count, part);
+                        attend_one_part(cache, queries, places, count, part, before);
                     else
                         attend_all_parts(cache, queries, places, count);
                     count = 0;
@@ -491,15 +492,18 @@ class Step {
         });
     }
 
-    Partial& partial_of(int row, int head, int part) {
-        return partials_.reserve(0)[((int64_t)row * model_.num_heads + head) * num_parts_ + part];
+    // Of the `number`th row that attends exactly.
+    Partial& partial_of(int number, int head, int part) {
+        return partials_.reserve(0)[((int64_t)number * model_.num_heads + head) * num_parts_ + part];
     }
 
-    void attend_one_part(const HeadCache& cache, const Query* queries, const int (*places)[2], int count, int part) {
+    // `before` rows in front of these attend elsewhere.
+    void attend_one_part(const HeadCache& cache, const Query* queries, const int (*places)[2], int count, int part,
+                         int before) {
         Partial partials[MAX_QUERIES];
         attend(cache, queries, count, part * PART_TOKENS, partials);
         for (int query = 0; query < count; query++)
-            partial_of(places[query][0], places[query][1], part) = partials[query];
+            partial_of(places[query][0] - before, places[query][1], part) = partials[query];
     }
 
     void attend_all_parts(const HeadCache& cache, const Query* queries, const int (*places)[2], int count) {
@@ -525,14 +529,16 @@ class Step {
     }
 
     void merge_parts() {
-        each(num_rows_ * model_.num_heads, 2, [&](int task) {
-            const int row = task / model_.num_heads, head = task % model_.num_heads;
-            if (!prompt_tasks_.empty() && is_prompt(row)) return;
-            Partial total;
-            total.clear();
-            for (int part = 0; part < num_parts_; part++)
-                total.merge(partial_of(row, head, part), model_.head_dim);
-            put_attended(row, head, total);
+        each((int)attentions_.size() * model_.num_heads, 2, [&](int task) {
+            const Attention& attention = attentions_[task / model_.num_heads];
+            const int head = task % model_.num_heads;
+            for (int i = 0; i < attention.num_rows; i++) {
+                Partial total;
+                total.clear();
+                for (int part = 0; part < num_parts_; part++)
+                    total.merge(partial_of(attention.number + i, head, part), model_.head_dim);
+                put_attended(attention.first_row + i, head, total);
+            }
         });
     }
 

@@ -9,8 +9,6 @@
 
 constexpr int QUERY_TILES = 8;
 constexpr int MAX_TASK_QUERIES = QUERY_TILES * MATRIX_ROWS;
-constexpr int PART_BLOCKS = PART_TOKENS / BLOCK_TOKENS;
-constexpr int PART_STEPS = PART_TOKENS / GROUP;  // of 32 tokens
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 
@@ -125,6 +123,7 @@ class PromptAttention {
 
     // scores [16][256], four blocks at a time; those beyond `num_tokens` mean nothing.
     void score(int tile, int num_tokens) {
+        finish_stores();
         const int num_groups = head_dim_ / GROUP;
         const uint16_t* queries_high = aligned(queries_high_) + (int64_t)tile * num_groups * GROUP_VALUES;
         const uint16_t* queries_low = aligned(queries_low_) + (int64_t)tile * num_groups * GROUP_VALUES;
@@ -202,6 +201,7 @@ class PromptAttention {
 
     template <int NUM_TILES>
     void add_tiles(int num_steps, int from) {
+        finish_stores();
         const uint16_t* values_high = aligned(values_high_) + (int64_t)from * PART_TOKENS;
         const uint16_t* values_low = aligned(values_low_) + (int64_t)from * PART_TOKENS;
         constexpr int tile = LANES * PART_TOKENS;
