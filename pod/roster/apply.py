@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pod.roster.cuts import Cuts
 from pod.roster.events import (
     NO_POD,
+    AuthoritySet,
     Event,
     InviteIssued,
     InviteRevoked,
@@ -76,6 +77,7 @@ class _Draft:
     revoked_keys: set[tuple[bytes, bytes]] = field(default_factory=set)
     models: dict[str, Model] = field(default_factory=dict)
     policy: bytes | None = None
+    authority_der: bytes | None = None
     removed_nodes: dict[bytes, Node] = field(default_factory=dict)
     lost_joins: list[LostJoin] = field(default_factory=list)
     lost_nodes: dict[bytes, Node] = field(default_factory=dict)
@@ -145,6 +147,9 @@ class _Draft:
             case ModelRemoved():
                 if author.role <= Role.ADMIN:
                     self.models.pop(event.body.name, None)
+            case AuthoritySet():
+                if author.role is Role.OWNER:
+                    self.authority_der = event.body.certificate_der
             case PodCreated() | MemberRemoved() | InviteRevoked():
                 pass
 
@@ -180,6 +185,7 @@ class _Draft:
             revoked_keys=frozenset(self.revoked_keys),
             models=self.models,
             policy=self.policy,
+            authority_der=self.authority_der,
             removed=removed | former_nodes.keys(),
             lost_joins=tuple(self.lost_joins),
             former_members={id: member for id, member in self.members.items() if id in removed},

@@ -180,6 +180,13 @@ class ModelRemoved:
     name: Annotated[str, Length(1, 256)]
 
 
+@dataclass(frozen=True, slots=True)
+class AuthoritySet:
+    """The authority under which the gateways' HTTPS certificates are (DER, opaque here); the newest counts."""
+
+    certificate_der: Annotated[bytes, Length(1, 8192)]
+
+
 Body = (
     PodCreated
     | InviteIssued
@@ -194,6 +201,7 @@ Body = (
     | PolicySet
     | ModelDeployed
     | ModelRemoved
+    | AuthoritySet
 )
 
 # Numbers on the wire; they are never given to another body.
@@ -211,6 +219,7 @@ TYPES: dict[int, type[Body]] = {
     11: PolicySet,
     12: ModelDeployed,
     13: ModelRemoved,
+    14: AuthoritySet,
 }
 _NUMBERS = {kind: number for number, kind in TYPES.items()}
 

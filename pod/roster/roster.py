@@ -89,6 +89,7 @@ class Roster:
     """`removed` holds member and node ids that never come back under the same key.
 
     `former_members` and `former_nodes` say who those were: what they signed stays in the pod's books.
+    `authority_der`: the certificate that those of the gateways are under.
     """
 
     pod: bytes
@@ -104,6 +105,7 @@ class Roster:
     lost_joins: tuple[LostJoin, ...]
     former_members: Mapping[bytes, Member]
     former_nodes: Mapping[bytes, Node]
+    authority_der: bytes | None = None
 
     @property
     def owner(self) -> Member:
