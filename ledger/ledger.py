@@ -27,7 +27,8 @@ from ledger.entry import (
     sign_entry,
 )
 from ledger.ingest import Draft, IngestResult
-from ledger.journal import Journal, Record
+from ledger.journal import Journal, JournalError, Record
+from ledger.key_use import KeyUse
 from ledger.memory_journal import MemoryJournal
 from ledger.receipt import Receipt, Sign
 from ledger.rules import EntryRefused, check_entry
@@ -60,6 +61,7 @@ class Ledger:
         self._sign = sign
         self._clock_ms = clock_ms
         self._lock = RLock()
+        self._is_uncertain = False
         self._replay()
 
     @classmethod
@@ -111,6 +113,7 @@ class Ledger:
     def append(self, body: Body) -> Entry:
         """Sign, store and apply this node's next entry. Raises LedgerError or JournalError."""
         with self._lock:
+            self._learn_what_was_written()
             chain = self._chain(self._author)
             if chain.is_forked:
                 raise LedgerError(
@@ -123,12 +126,22 @@ class Ledger:
                 entry = sign_entry(
                     self._pod, self._author, index, prev_hash, self._clock_ms(), body, self._sign
                 )
-                check_entry(entry, self._pod, self._directory, self._books.holds_of)
+                check_entry(entry, self._pod, self._directory, self._books.holds_of, is_signed_here=True)
             except (EntryError, EntryRefused) as error:
                 raise LedgerError(f"{type(body).__name__} refused: {error}") from error
             self._commit([entry])
             chain.extend(entry.index, entry.hash, entry.prev_hash)
             return entry
+
+    def _learn_what_was_written(self) -> None:
+        """After a failed write: a server that was lost while it committed may hold the entries all the same.
+
+        Who went on without looking would write a second entry in the place of the first.
+        """
+        if self._is_uncertain:
+            if self._journal.num_entries() != self._num_entries:
+                self._replay()
+            self._is_uncertain = False
 
     def _check_hold_is_unresolved(self, body: Body) -> None:
         match body:
@@ -142,7 +155,11 @@ class Ledger:
                 pass
 
     def _commit(self, entries: Sequence[Entry]) -> None:
-        self._journal.write([Record.of(entry) for entry in entries])
+        try:
+            self._journal.write([Record.of(entry) for entry in entries])
+        except JournalError:
+            self._is_uncertain = True
+            raise
         self._num_entries += len(entries)
         for entry in entries:
             self._books.apply(entry)
@@ -153,6 +170,7 @@ class Ledger:
         An entry that breaks a rule or lacks its predecessor is refused by itself. Raises JournalError.
         """
         with self._lock:
+            self._learn_what_was_written()
             draft = Draft(self._pod, self._directory, self._journal, self._books, self._chains, self._rewinds)
             draft.offer_all(raws)
             self._commit(draft.accepted)
@@ -238,6 +256,20 @@ class Ledger:
         """Holds neither settled nor voided nor past their deadline, of all heads."""
         with self._lock:
             return self._books.open_holds(self._clock_ms())
+
+    def key_spent_microcredits(self, member: bytes, key_id: bytes) -> int:
+        """What the member's API key has paid so far, at all gateways."""
+        with self._lock:
+            return self._books.key_spent_microcredits(member, key_id)
+
+    def num_key_sessions_since(self, member: bytes, key_id: bytes, since_ms: int) -> int:
+        with self._lock:
+            return self._books.num_key_sessions_since(member, key_id, since_ms)
+
+    def key_use(self, member: bytes, key_id: bytes, since_ms: int) -> KeyUse:
+        """What the key has paid and holds at all gateways; its sessions since then at the others."""
+        with self._lock:
+            return self._books.key_use(member, key_id, self._clock_ms(), since_ms, self._author)
 
     def counts(self, receipt: Receipt) -> bool:
         """Whether this receipt counts: a stage need not claim what is settled."""

@@ -33,12 +33,17 @@ class EntryRefused(Exception):
     """The entry breaks a rule; the message is one line that says which."""
 
 
-def check_entry(entry: Entry, pod: bytes, directory: Directory, holds_of: HoldsOf) -> None:
-    """Raise EntryRefused unless the entry may count. Its place in the chain is checked elsewhere."""
+def check_entry(
+    entry: Entry, pod: bytes, directory: Directory, holds_of: HoldsOf, *, is_signed_here: bool = False
+) -> None:
+    """Raise EntryRefused unless the entry may count. Its place in the chain is checked elsewhere.
+
+    `is_signed_here`: this process made the author's signature a moment ago.
+    """
     _require(entry.pod == pod, "it belongs to another pod")
     _require(directory.member_of_node(entry.author) is not None, "its author is not a node of this pod")
     _check_body(entry, directory, holds_of)
-    _require(entry.is_signed_by_author(), "signature does not match")
+    _require(is_signed_here or entry.is_signed_by_author(), "signature does not match")
     for signed, must_be_co_signed in _receipts_of(entry):
         _check_signatures(signed, must_be_co_signed)
 

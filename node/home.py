@@ -28,6 +28,7 @@ _POD_FILES = (
     "roster.log",
     "peers.json",
     "plan.cbor",
+    "database",
     "ledger.sqlite*",
     "node.log*",
     "engine.log",
@@ -72,8 +73,23 @@ class PodHome:
         return self.path / "node.log"
 
     @property
+    def default_ledger_url(self) -> str:
+        return f"sqlite:///{self.path / 'ledger.sqlite'}"
+
+    @property
     def ledger_url(self) -> str:
-        return os.environ.get("POD_LEDGER_URL") or f"sqlite:///{self.path / 'ledger.sqlite'}"
+        """The database that `--db` once named, else a file in this directory."""
+        try:
+            return self._database_file.read_text().strip() or self.default_ledger_url
+        except OSError:
+            return self.default_ledger_url
+
+    def remember_database(self, url: str) -> None:
+        self._write_private(self._database_file, url + "\n")
+
+    @property
+    def _database_file(self) -> Path:
+        return self.path / "database"
 
     @property
     def _running_file(self) -> Path:
@@ -141,12 +157,17 @@ class PodHome:
     def announce_running(self, api_url: str) -> RunningNode:
         """Called by the node that holds the lock, once its API listens."""
         running = RunningNode(os.getpid(), api_url, secrets.token_urlsafe(32))
-        temporary = self._running_file.with_suffix(".new")
+        self._write_private(self._running_file, json.dumps(asdict(running)))
+        return running
+
+    @staticmethod
+    def _write_private(path: Path, text: str) -> None:
+        """Readable by its owner only, from the first moment on; the old content or the new, never half."""
+        temporary = path.with_suffix(".new")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file:
-            json.dump(asdict(running), file)
-        temporary.replace(self._running_file)
-        return running
+            file.write(text)
+        temporary.replace(path)
 
     def running_node(self) -> RunningNode | None:
         """The node that runs on this directory now, or None. A note left by a killed node counts as none."""

@@ -16,6 +16,7 @@ from ledger.journal import JournalError
 from ledger.ledger import Ledger
 from ledger.rate_card import DEFAULT_RATE_CARD, MICROCREDITS_PER_CREDIT
 from node.catalogue import Catalogue
+from node.database import check_database_url
 from node.errors import UserError
 from node.home import PodHome, RunningNode
 from node.ledger_thread import LedgerThread
@@ -116,7 +117,9 @@ def open_offline(home: PodHome) -> Office:
     return Office(home, membership, open_ledger(home, membership), catalogue, state)
 
 
-def create_pod(home: PodHome, pod_name: str, member_name: str, node_name: str) -> dict[str, object]:
+def create_pod(
+    home: PodHome, pod_name: str, member_name: str, node_name: str, database: str | None = None
+) -> dict[str, object]:
     """A new pod in this state directory. Raises UserError and then has changed nothing."""
     check_name(pod_name, "the pod's name")
     check_name(member_name, "--member")
@@ -125,6 +128,9 @@ def create_pod(home: PodHome, pod_name: str, member_name: str, node_name: str) -
         raise UserError(f"{home.path} is in a pod already; `pod leave` first or set another POD_HOME")
     home.acquire()
     try:
+        if database is not None:
+            check_database_url(database)
+            home.remember_database(database)
         membership = Membership.create_pod(home.path, pod_name, member_name, node_name, wall_clock_ms)
         open_ledger(home, membership).close()
     except (MembershipError, IdentityError) as error:

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 
 from node.cli import show
+from node.database import check_database_url, take_database
 from node.errors import UserError
 from node.home import PodHome
-from node.office import check_name, wall_clock_ms
+from node.office import check_name, open_membership, wall_clock_ms
 from node.runtime import Listening, NodeRuntime, check_ports_are_free
 from node.settings import NodeSettings
 from pod.admission import JoinError
@@ -37,6 +38,8 @@ def join_pod(
     if home.has_pod():
         raise UserError(f"{home.path} is in a pod already; `pod leave` first or set another POD_HOME")
     check_ports_are_free(settings)
+    if settings.database is not None:
+        check_database_url(settings.database)
     home.acquire()
     try:
         membership = asyncio.run(Membership.join(home.path, invite, member_name, node_name, wall_clock_ms))
@@ -54,6 +57,8 @@ def run_node(home: PodHome, settings: NodeSettings, as_json: bool) -> None:
     home.acquire()
     try:
         _log_to(home)
+        if settings.database is not None:
+            take_database(home, open_membership(home).pod, settings.database)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_run(home, settings, as_json))
     finally:

@@ -38,6 +38,7 @@ _UNITS_BYTES = {
 class NodeSettings:
     """`advertise_host` is the name or address other nodes dial; None: found out from the interfaces.
 
+    `database` is the URL of the ledger's database; None: the one it has.
     `advertise_listen` and `advertise_data` (host:port) are dialled in place of `listen_address` and
     `data_address`, where a forwarded port or a relay stands before this node.
     """
@@ -55,6 +56,7 @@ class NodeSettings:
     advertise_listen: str | None = None
     advertise_data: str | None = None
     hidden_bits: int = 16
+    database: str | None = None
 
 
 def split_address(text: str, option: str) -> tuple[str, int]:

@@ -22,6 +22,7 @@ from node.cli.options import (
     AsJson,
     Compile,
     Data,
+    Database,
     DeviceOption,
     Discover,
     HiddenBits,
@@ -62,12 +63,13 @@ def create(
     name: Annotated[str, typer.Argument(help="The pod's name.")],
     member: MemberName = None,
     node_name: NodeName = None,
+    database: Database = None,
     as_json: AsJson = False,
 ) -> None:
     """Create a pod: this machine becomes its first node, you its owner."""
     from node.office import create_pod, machine_name
 
-    result = create_pod(this_home(), name, member or _login_name(), node_name or machine_name())
+    result = create_pod(this_home(), name, member or _login_name(), node_name or machine_name(), database)
     if as_json:
         return show.print_json(result)
     show.out.print(
@@ -148,6 +150,7 @@ def join(
     discover: Discover = True,
     compile_layers: Compile = True,
     speculation: Speculation = True,
+    database: Database = None,
     as_json: AsJson = False,
 ) -> None:
     """Join a pod with an invite, then run this machine's node in the foreground."""
@@ -168,6 +171,7 @@ def join(
         compile_layers,
         speculation,
         hidden_bits,
+        database,
     )
     home = this_home()
     result = join_pod(home, invite, member or _login_name(), node_name or machine_name(), settings)
@@ -193,6 +197,7 @@ def up(
     discover: Discover = True,
     compile_layers: Compile = True,
     speculation: Speculation = True,
+    database: Database = None,
     as_json: AsJson = False,
 ) -> None:
     """Run this machine's node in the foreground until Ctrl-C."""
@@ -214,6 +219,7 @@ def up(
         compile_layers,
         speculation,
         hidden_bits,
+        database,
     )
     run_node(home, settings, as_json)
 

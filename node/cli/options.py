@@ -117,6 +117,18 @@ Speculation = Annotated[
 ]
 
 
+Database = Annotated[
+    str | None,
+    typer.Option(
+        "--db",
+        envvar="POD_DB",
+        metavar="URL",
+        help="The ledger's database, such as postgresql+psycopg://user@host/name; remembered "
+        "(default: SQLite in the state directory).",
+    ),
+]
+
+
 def node_settings(
     api: str,
     listen: str,
@@ -131,6 +143,7 @@ def node_settings(
     compile_layers: bool = True,
     speculation: bool = True,
     hidden_bits: str = "16",
+    database: str | None = None,
 ) -> NodeSettings:
     if device not in DEVICES:
         raise UserError(f"--device must be one of {', '.join(DEVICES)} (got {device!r})")
@@ -156,4 +169,5 @@ def node_settings(
         advertise_listen=advertise_listen,
         advertise_data=advertise_data,
         hidden_bits=HIDDEN_BITS[hidden_bits],
+        database=database,
     )
