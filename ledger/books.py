@@ -26,6 +26,7 @@ from ledger.entry import (
     ReceiptClaimed,
     Transferred,
 )
+from ledger.key_use import KeyUse, KeyUses
 from ledger.rate_card import RateCard
 from ledger.receipt import Receipt, SignedReceipt
 from ledger.session_record import Consumption, Hold, Payment, Resolution, SessionRecord, SessionState
@@ -106,6 +107,7 @@ class Books:
         self._unresolved: dict[bytes, dict[tuple[bytes, bytes, bytes], Hold]] = {}
         self._totals: defaultdict[bytes, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._recent: list[tuple[int, bytes, bytes]] = []
+        self._keys = KeyUses()
 
     def apply(self, entry: Entry) -> tuple[Posting, ...]:
         """Take the entry in and return its postings. Raises UnknownPartyError and changes nothing then."""
@@ -168,7 +170,9 @@ class Books:
         if not record.holds:
             insort(self._recent, (entry.time_ms, entry.author, body.session))
         consumed, paid = record.consumption(), record.payments()
+        known = record.holds.get((body.payer, body.key_id))
         record.add_hold(Hold.of(entry.author, body, entry.time_ms))
+        self._open_key(record, known, record.holds[body.payer, body.key_id])
         self._count_consumption(consumed, record.consumption())
         if record.resolution is None:
             unresolved = self._unresolved.setdefault(body.payer, {})
@@ -177,11 +181,24 @@ class Books:
 
     def _resolve(self, entry: Entry, body: HoldSettled | HoldVoided) -> None:
         record = self._session(entry.author, body.session)
-        before = record.consumption()
+        before, resolved = record.consumption(), record.resolution
         record.resolve(Resolution(entry.index, entry.hash, entry.time_ms, body))
+        before_ms = resolved.time_ms if resolved is not None else None
+        for key in record.holds:
+            self._settle_key(record, key, before_ms)
         self._count_consumption(before, record.consumption())
         for payer, key_id in record.holds:
             self._unresolved.get(payer, {}).pop((entry.author, body.session, key_id), None)
+
+    def _open_key(self, record: SessionRecord, known: Hold | None, hold: Hold) -> None:
+        key, before_ms = (hold.payer, hold.key_id), known.opened_ms if known is not None else None
+        self._keys.open(key, record.head, record.session, before_ms, hold.opened_ms)
+        if known is None:
+            self._settle_key(record, key, None)
+
+    def _settle_key(self, record: SessionRecord, key: tuple[bytes, bytes], before_ms: int | None) -> None:
+        if record.resolution is not None:
+            self._keys.settle(key, record.head, record.session, before_ms, record.resolution.time_ms)
 
     def _check_parties(self, receipts: tuple[SignedReceipt, ...]) -> None:
         for signed in receipts:
@@ -214,6 +231,7 @@ class Books:
         amount = sign * payment.amount_microcredits
         levy = sign * self._card(receipt).levy(payment.amount_microcredits)
         self._add_totals(receipt.payer, microcredits_spent=amount)
+        self._keys.pay((receipt.payer, receipt.key_id), amount)
         self._add_totals(
             member,
             num_prompt_tokens_served=sign * receipt.num_prompt_tokens,
@@ -281,6 +299,36 @@ class Books:
         """Whether this receipt is the one that counts for its stage."""
         record = self._sessions.get((receipt.head, receipt.session))
         return record is not None and record.counts(receipt)
+
+    def key_spent_microcredits(self, member: bytes, key_id: bytes) -> int:
+        """What the member's API key has paid so far, at all gateways."""
+        return self._keys.spent_microcredits((member, key_id))
+
+    def num_key_sessions_since(self, member: bytes, key_id: bytes, since_ms: int) -> int:
+        return len(self._keys.opened_since((member, key_id), since_ms))
+
+    def key_use(self, member: bytes, key_id: bytes, now_ms: int, since_ms: int, other_than: bytes) -> KeyUse:
+        """What the key has paid and holds at all gateways; its sessions since then at all but one head's."""
+        key = (member, key_id)
+        held = sum(
+            hold.amount_microcredits for hold in self._open_holds_of(member, now_ms) if hold.key_id == key_id
+        )
+        opened = self._keys.opened_since(key, since_ms)
+        settled = self._keys.settled_since(key, since_ms)
+        return KeyUse(
+            self._keys.spent_microcredits(key),
+            held,
+            tuple(time_ms for time_ms, head, _ in opened if head != other_than),
+            tuple(
+                (time_ms, self._num_tokens(head, session))
+                for time_ms, head, session in settled
+                if head != other_than
+            ),
+        )
+
+    def _num_tokens(self, head: bytes, session: bytes) -> int:
+        consumption = self._sessions[head, session].consumption()
+        return consumption.num_prompt_tokens + consumption.num_output_tokens if consumption else 0
 
     def is_account_open(self, member: bytes) -> bool:
         return member in self._grants
