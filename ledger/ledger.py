@@ -29,7 +29,6 @@ from ledger.entry import (
 from ledger.ingest import Draft, IngestResult
 from ledger.journal import Journal, JournalError, Record
 from ledger.key_use import KeyUse
-from ledger.key_use import KeyUse
 from ledger.memory_journal import MemoryJournal
 from ledger.receipt import Receipt, Sign
 from ledger.rules import EntryRefused, check_entry
@@ -257,20 +256,6 @@ class Ledger:
         """Holds neither settled nor voided nor past their deadline, of all heads."""
         with self._lock:
             return self._books.open_holds(self._clock_ms())
-
-    def key_spent_microcredits(self, member: bytes, key_id: bytes) -> int:
-        """What the member's API key has paid so far, at all gateways."""
-        with self._lock:
-            return self._books.key_spent_microcredits(member, key_id)
-
-    def num_key_sessions_since(self, member: bytes, key_id: bytes, since_ms: int) -> int:
-        with self._lock:
-            return self._books.num_key_sessions_since(member, key_id, since_ms)
-
-    def key_use(self, member: bytes, key_id: bytes, since_ms: int) -> KeyUse:
-        """What the key has paid and holds at all gateways; its sessions since then at the others."""
-        with self._lock:
-            return self._books.key_use(member, key_id, self._clock_ms(), since_ms, self._author)
 
     def key_spent_microcredits(self, member: bytes, key_id: bytes) -> int:
         """What the member's API key has paid so far, at all gateways."""
