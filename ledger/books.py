@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ledger.directory import Directory
+from ledger.dividends import PaidWork, Period
 from ledger.entry import (
     ISSUANCE,
     TREASURY,
@@ -28,8 +29,9 @@ from ledger.entry import (
 )
 from ledger.key_use import KeyUse, KeyUses
 from ledger.rate_card import RateCard
-from ledger.receipt import Receipt, SignedReceipt
+from ledger.receipt import Receipt, SignedReceipt, expected_amount
 from ledger.session_record import Consumption, Hold, Payment, Resolution, SessionRecord, SessionState
+from ledger.treasury import Changes, Treasury, TreasuryTotals
 
 SessionKey = tuple[bytes, bytes]
 MAX_CLOCK_SKEW_MS = 60 * 60 * 1000
@@ -60,6 +62,7 @@ class MemberTotals:
     num_output_tokens_served: int = 0
     microcredits_earned: int = 0
     microcredits_spent: int = 0
+    microcredits_dividends: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,8 @@ class Books:
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
         self._balances: dict[bytes, int] = {TREASURY: 0, ISSUANCE: 0}
-        self._grants: dict[bytes, int] = {}
+        self._treasury = Treasury()
+        self._cards: dict[int, tuple[RateCard, ...]] = {}
         self._sessions: dict[SessionKey, SessionRecord] = {}
         self._unresolved: dict[bytes, dict[tuple[bytes, bytes, bytes], Hold]] = {}
         self._totals: defaultdict[bytes, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
@@ -111,7 +115,7 @@ class Books:
 
     def apply(self, entry: Entry) -> tuple[Posting, ...]:
         """Take the entry in and return its postings. Raises UnknownPartyError and changes nothing then."""
-        postings = _merge(self._postings(entry))
+        postings = _merge([*self._postings(entry), *self._date(entry)])
         assert sum(posting.amount_microcredits for posting in postings) == 0
         for posting in postings:
             self._balances[posting.account] = (
@@ -123,11 +127,13 @@ class Books:
         body = entry.body
         match body:
             case AccountOpened():
-                return self._open_account(body)
+                return _postings(
+                    self._treasury.open_account(body.member, self._cards_of(body.rate_card_version))
+                )
             case Issued(amount_microcredits=amount):
-                return _move(ISSUANCE, TREASURY, amount)
+                return _postings(self._treasury.issue(amount))
             case Transferred(from_account=source, to_account=target, amount_microcredits=amount):
-                return _move(source, target, amount)
+                return _postings(self._treasury.transfer(source, target, amount))
             case HoldOpened():
                 return self._open_hold(entry, body)
             case HoldSettled(receipts=receipts):
@@ -146,21 +152,22 @@ class Books:
             case Disputed():
                 return []
 
-    def _open_account(self, body: AccountOpened) -> list[Posting]:
-        # The lowest rate card that any entry names decides: a rule that needs no order.
-        version = self._grants.get(body.member)
-        if version is not None and version <= body.rate_card_version:
-            return []
-        before = self._grant(version) if version is not None else 0
-        amount = self._grant(body.rate_card_version)
-        self._grants[body.member] = body.rate_card_version
-        return _move(TREASURY, body.member, amount - before)
+    def _date(self, entry: Entry) -> list[Posting]:
+        member = self._directory.member_of_node(entry.author)
+        return _postings(self._treasury.date(member, entry.time_ms)) if member is not None else []
 
-    def _grant(self, version: int) -> int:
-        card = self._directory.rate_card(version)
-        if card is None:
+    def _cards_of(self, version: int) -> tuple[RateCard, ...]:
+        cards = self._cards.get(version) or tuple(self._directory.rate_cards(version))
+        if not cards:
             raise UnknownPartyError(f"rate card {version} is not known")
-        return card.starter_grant_microcredits
+        self._cards[version] = cards
+        return cards
+
+    def has_stale_cards(self) -> bool:
+        """Whether a version used here has since been given a second content: then the books are made anew."""
+        return any(
+            tuple(self._directory.rate_cards(version)) != cards for version, cards in self._cards.items()
+        )
 
     def _session(self, head: bytes, session: bytes) -> SessionRecord:
         return self._sessions.setdefault((head, session), SessionRecord(head, session))
@@ -202,7 +209,8 @@ class Books:
 
     def _check_parties(self, receipts: tuple[SignedReceipt, ...]) -> None:
         for signed in receipts:
-            self._stage_member(signed.receipt)
+            self._member_of(signed.receipt.head)
+            self._member_of(signed.receipt.stage)
             self._card(signed.receipt)
 
     def _count(self, signed: SignedReceipt) -> list[Posting]:
@@ -226,10 +234,10 @@ class Books:
         return postings
 
     def _payment_postings(self, payment: Payment, sign: int) -> list[Posting]:
-        receipt = payment.receipt
-        member = self._stage_member(receipt)
+        receipt, card = payment.receipt, self._card(payment.receipt)
+        member = self._member_of(receipt.stage)
         amount = sign * payment.amount_microcredits
-        levy = sign * self._card(receipt).levy(payment.amount_microcredits)
+        levy = sign * card.levy(payment.amount_microcredits)
         self._add_totals(receipt.payer, microcredits_spent=amount)
         self._keys.pay((receipt.payer, receipt.key_id), amount)
         self._add_totals(
@@ -239,19 +247,42 @@ class Books:
             num_output_tokens_served=sign * receipt.num_output_tokens,
             microcredits_earned=amount - levy,
         )
-        return [Posting(receipt.payer, -amount), Posting(member, amount - levy), Posting(TREASURY, levy)]
+        self._treasury.levy(levy)
+        return [
+            Posting(receipt.payer, -amount),
+            Posting(member, amount - levy),
+            Posting(TREASURY, levy),
+            *_postings(self._treasury.earn(member, amount - levy)),
+            *self._dividend_postings(payment, card, sign),
+        ]
 
-    def _stage_member(self, receipt: Receipt) -> bytes:
-        member = self._directory.member_of_node(receipt.stage)
+    def _dividend_postings(self, payment: Payment, card: RateCard, sign: int) -> list[Posting]:
+        receipt = payment.receipt
+        if payment.opened_ms is None or receipt.num_prompt_tokens + receipt.num_output_tokens == 0:
+            return []
+        work = PaidWork(
+            opened_ms=payment.opened_ms,
+            period_s=card.dividend_period_s,
+            head=self._member_of(receipt.head),
+            payer=receipt.payer,
+            server=self._member_of(receipt.stage),
+            dividend_microcredits=card.dividend(card.levy(payment.amount_microcredits)),
+        )
+        return _postings(self._treasury.divide(work, sign))
+
+    def _member_of(self, node: bytes) -> bytes:
+        member = self._directory.member_of_node(node)
         if member is None:
-            raise UnknownPartyError(f"node {receipt.stage[:4].hex()} is not known")
+            raise UnknownPartyError(f"node {node[:4].hex()} is not known")
         return member
 
     def _card(self, receipt: Receipt) -> RateCard:
-        card = self._directory.rate_card(receipt.rate_card_version)
-        if card is None:
-            raise UnknownPartyError(f"rate card {receipt.rate_card_version} is not known")
-        return card
+        """Where several share a version (see `Directory`): the lowest levy of those with this price."""
+        cards = self._cards_of(receipt.rate_card_version)
+        if len(cards) == 1:
+            return cards[0]
+        fitting = [card for card in cards if expected_amount(receipt, card) == receipt.amount_microcredits]
+        return min(fitting or cards, key=lambda card: (card.levy_per_mille, card.encode()))
 
     def _count_consumption(self, before: Consumption | None, after: Consumption | None) -> None:
         if before == after:
@@ -331,10 +362,25 @@ class Books:
         return consumption.num_prompt_tokens + consumption.num_output_tokens if consumption else 0
 
     def is_account_open(self, member: bytes) -> bool:
-        return member in self._grants
+        return self._treasury.is_open(member)
 
     def member_totals(self) -> dict[bytes, MemberTotals]:
-        return {member: MemberTotals(**totals) for member, totals in self._totals.items()}
+        return {
+            member: MemberTotals(
+                **totals, microcredits_dividends=self._treasury.dividends_microcredits(member)
+            )
+            for member, totals in self._totals.items()
+        }
+
+    def treasury(self) -> TreasuryTotals:
+        return self._treasury.totals()
+
+    def dividend_periods(self) -> list[Period]:
+        return self._treasury.periods()
+
+    def transferable_microcredits(self, member: bytes) -> int:
+        """How much more of this member's credit transfers can move, whatever its balance is."""
+        return self._treasury.transferable_microcredits(member)
 
     def recent_sessions(self, limit: int, now_ms: int) -> list[SessionSummary]:
         """The sessions opened last, newest first; those a clock far ahead of ours dates come last."""
@@ -351,8 +397,8 @@ class Books:
         return _summary(record, now_ms)
 
 
-def _move(source: bytes, target: bytes, amount_microcredits: int) -> list[Posting]:
-    return [Posting(source, -amount_microcredits), Posting(target, amount_microcredits)]
+def _postings(changes: Changes) -> list[Posting]:
+    return [Posting(account, change) for account, change in changes.items()]
 
 
 def _merge(postings: list[Posting]) -> tuple[Posting, ...]:

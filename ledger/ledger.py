@@ -15,6 +15,7 @@ from ledger import sync
 from ledger.books import Books, MemberTotals, SessionSummary, UnknownPartyError
 from ledger.chains import MAX_NUM_BRANCHES, Chain, Fork, Tip
 from ledger.directory import Directory
+from ledger.dividends import Period
 from ledger.entry import (
     FIRST_PREV_HASH,
     Body,
@@ -34,6 +35,7 @@ from ledger.receipt import Receipt, Sign
 from ledger.rules import EntryRefused, check_entry
 from ledger.session_record import Hold
 from ledger.store.sql_journal import SqlJournal
+from ledger.treasury import TreasuryTotals
 from ledger.verify import Violation, verify_journal
 
 MEMORY_URL = "memory:"
@@ -114,6 +116,7 @@ class Ledger:
         """Sign, store and apply this node's next entry. Raises LedgerError or JournalError."""
         with self._lock:
             self._learn_what_was_written()
+            self._learn_rate_cards()
             chain = self._chain(self._author)
             if chain.is_forked:
                 raise LedgerError(
@@ -143,6 +146,11 @@ class Ledger:
                 self._replay()
             self._is_uncertain = False
 
+    def _learn_rate_cards(self) -> None:
+        """Only where a rate card's version was given a second content does anything change here."""
+        if self._books.has_stale_cards():
+            self._replay()
+
     def _check_hold_is_unresolved(self, body: Body) -> None:
         match body:
             case HoldOpened(session=session):
@@ -171,6 +179,7 @@ class Ledger:
         """
         with self._lock:
             self._learn_what_was_written()
+            self._learn_rate_cards()
             draft = Draft(self._pod, self._directory, self._journal, self._books, self._chains, self._rewinds)
             draft.offer_all(raws)
             self._commit(draft.accepted)
@@ -279,6 +288,20 @@ class Ledger:
     def member_totals(self) -> dict[bytes, MemberTotals]:
         with self._lock:
             return self._books.member_totals()
+
+    def treasury(self) -> TreasuryTotals:
+        with self._lock:
+            return self._books.treasury()
+
+    def dividend_periods(self) -> list[Period]:
+        """The periods that have something to divide, newest first."""
+        with self._lock:
+            return self._books.dividend_periods()
+
+    def transferable_microcredits(self, member: bytes) -> int:
+        """How much more of this member's credit transfers can move, whatever its balance is."""
+        with self._lock:
+            return self._books.transferable_microcredits(member)
 
     def recent_sessions(self, limit: int) -> list[SessionSummary]:
         with self._lock:

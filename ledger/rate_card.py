@@ -1,4 +1,4 @@
-"""The rate card (versioned prices, and rules of the treasury) and `price`: tokens through parameters in integer
+"""The rate card (versioned prices, rules of the treasury) and `price`: tokens through parameters, in integer
 microcredits.
 
 One credit is 10^9 parameter-tokens (one token through a model of a billion parameters), so one microcredit
