@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ledger.entry import HoldSettled, HoldVoided, decode_entry
 from ledger.session_record import SessionState
 from tests.ledger.simulation.node import SimulatedNode
+from tests.ledger.simulation.recount import balances_of
 from tests.ledger.simulation.truth import Work
 
 if TYPE_CHECKING:
@@ -52,6 +53,13 @@ def check_node(simulation: Simulation, node: SimulatedNode) -> None:
             assert stage.amount_microcredits <= done.price(), "an amount above the work"
 
 
+def check_nothing_is_half_done(node: SimulatedNode) -> None:
+    """After a write that failed the books are those of what is stored."""
+    before = node.ledger.digest(), node.ledger.balances(), node.ledger.open_holds()
+    node.ledger.rebuild()
+    assert before == (node.ledger.digest(), node.ledger.balances(), node.ledger.open_holds())
+
+
 def check_all_equal(simulation: Simulation) -> None:
     """After healing: equal books, sound journals, nothing lost, every fork known, nobody robbed."""
     honest = simulation.honest()
@@ -63,6 +71,8 @@ def check_all_equal(simulation: Simulation) -> None:
         node.start()
         assert _state(simulation, node) == state, "a restart changes the books"
     _check_journal(simulation, honest[0])
+    balances = {account: balance for account, balance in honest[0].ledger.balances().items() if balance}
+    assert balances == balances_of(honest[0].ledger, simulation.directory.members), "counted again: other"
     _check_frozen(simulation, honest[0])
     _check_nobody_is_robbed(simulation, honest[0])
     _check_verdicts(simulation)
@@ -91,6 +101,7 @@ def _check_journal(simulation: Simulation, node: SimulatedNode) -> None:
     assert not has_more
     entries = [decode_entry(raw) for raw in raws]
     hashes = {entry.hash for entry in entries}
+    assert not hashes & simulation.truth.forbidden, "an entry was taken in that breaks a rule"
     liars = {simulation.nodes[number].key.public for number in simulation.liars}
     gone = {simulation.nodes[number].key.public for number in simulation.gone}
     known = {other.key.public for other in simulation.nodes}
@@ -142,4 +153,3 @@ def _check_verdicts(simulation: Simulation) -> None:
     assert {violation.author for violation in violations} <= liars, violations
     named = {violation.author for violation in violations if "fork" in violation.reason}
     assert named == {fork.author for fork in node.ledger.forks()}, "a fork is not named"
-

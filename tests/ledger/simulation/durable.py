@@ -1,4 +1,4 @@
-"""Journals that a crash leaves behind: a write may die before, in, or after its transaction.
+"""Journals that a crash leaves behind: a write may die before, in, or after its transaction, or find no room.
 
 What the crashed process knew is gone; the next one sees what was durable. SQLite files are copied at the
 moment of the crash, with the transaction still open, as a machine that lost its power would find them.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from ledger.journal import Journal, Record
+from ledger.journal import Journal, JournalError, Record
 from ledger.memory_journal import MemoryJournal
 from ledger.store.sql_journal import SqlJournal
 from tests.ledger.world import POD
@@ -24,6 +24,8 @@ class Crash(Enum):
     BEFORE = "before"
     IN = "in"
     AFTER = "after"
+    # No crash: the write fails, the process lives on.
+    DISK_FULL = "disk full"
 
 
 class Died(Exception):
@@ -40,6 +42,8 @@ class MortalJournal:
 
     def write(self, records: Sequence[Record]) -> None:
         crash = self._crash() if records else None
+        if crash is Crash.DISK_FULL:
+            raise JournalError("the disk is full")
         if crash is Crash.IN:
             self._disk.interrupt(self._durable, records)
         elif crash is not Crash.BEFORE:

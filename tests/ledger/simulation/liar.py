@@ -30,7 +30,7 @@ from ledger.entry import (
     decode_entry,
     sign_entry,
 )
-from ledger.receipt import Receipt, SignedReceipt, co_sign, sign_as_head
+from ledger.receipt import SignedReceipt, co_sign, sign_as_head
 from tests.ledger.simulation.node import Session, SimulatedNode
 from tests.ledger.simulation.people import key_of
 from tests.ledger.simulation.truth import Work
@@ -58,10 +58,13 @@ class Liar:
             self._sign_above_the_work,
             self._claim_unsigned_work,
             self._collude,
+            self._hold_too_little,
+            self._hold_too_little,
             self._hijack_a_hold,
             self._resolve_twice,
             self._travel_in_time,
             self._let_strangers_write,
+            self._write_as_another,
             self._send_noise,
             self._boast,
         )
@@ -94,8 +97,16 @@ class Liar:
         """Into its own journal by the way others' entries take, past the checks on own ones."""
         self._node.ledger.ingest([entry.raw])
 
-    def _tell(self, *raws: bytes) -> None:
-        """Some of the others, each as if it had asked."""
+    def _tell(self, *entries: Entry) -> None:
+        """Some of the others, each as if it had asked, with all that came before in its journal."""
+        self._tell_raws(*(entry.raw for entry in [*self._own_entries(), *entries]))
+
+    def _tell_forbidden(self, entry: Entry, *before: Entry) -> None:
+        """`entry` is one that nobody may take in."""
+        self._simulation.truth.forbidden.add(entry.hash)
+        self._tell(*before, entry)
+
+    def _tell_raws(self, *raws: bytes) -> None:
         choice, nodes = self._simulation.choice, self._simulation.nodes
         for node in choice.sample(nodes, choice.randint(1, min(4, len(nodes)))):
             self._simulation.send("batch", self._node.number, node.number, sync.encode_batch(raws))
@@ -129,7 +140,10 @@ class Liar:
             return
         self._num_forks += 1
         choice = self._simulation.choice
-        at = choice.choice(entries)
+        endings = [
+            entry for entry in entries if isinstance(entry.body, HoldOpened | HoldSettled | HoldVoided)
+        ]
+        at = choice.choice(endings if endings and choice.random() < 0.6 else entries)
         friend = self._accomplice().member
         bodies: list[Body] = [
             AccountOpened(self._node.member, 1, choice.randbytes(4)),
@@ -137,17 +151,25 @@ class Liar:
         ]
         if friend != self._node.member:
             bodies.append(Transferred(self._node.member, friend, choice.randrange(1, 10**9)))
-        if isinstance(at.body, HoldSettled):
-            bodies.append(HoldVoided(at.body.session, VoidReason.CANCELLED))
+        if isinstance(at.body, HoldSettled | HoldVoided):
+            bodies = [
+                HoldVoided(at.body.session, VoidReason.NO_ROUTE),
+                HoldSettled(at.body.session, 3, 0, 1, ()),
+            ]
+        if isinstance(at.body, HoldOpened):
+            bodies.append(replace(at.body, amount_microcredits=at.body.amount_microcredits // 2))
         rival = self._sign(at.index, at.prev_hash, choice.choice(bodies))
         later = self._sign(at.index + 1, rival.hash, AccountOpened(self._node.member, 1))
-        self._tell(*([rival.raw, later.raw] if choice.random() < 0.5 else [rival.raw]))
+        branch = [rival.raw, later.raw] if choice.random() < 0.5 else [rival.raw]
+        # To some the one branch, to others both.
+        before = [entry.raw for entry in entries if entry.index < at.index]
+        self._tell_raws(*(before if choice.random() < 0.5 else [entry.raw for entry in entries]), *branch)
 
     def _replay(self) -> None:
         choice = self._simulation.choice
         raws, _ = self._node.ledger.missing({}, 1 << 30)
         chosen = choice.choices(raws, k=min(len(raws), 20)) if raws else []
-        self._tell(*chosen)
+        self._tell_raws(*chosen)
 
     def _write_for_a_foreign_pod(self) -> None:
         key = self._node.key
@@ -158,9 +180,9 @@ class Liar:
         foreign = self._signed(session, Work(10, 0, 5), pod=b"Q" * 32)
         hold = self._next(self._simulation.hold(self._node, session))
         settled = self._sign(hold.index + 1, hold.hash, HoldSettled(session.id, 10, 0, 5, (foreign,)))
-        self._tell(entry.raw)
+        self._tell_forbidden(entry)
         self._write(hold)
-        self._tell(hold.raw, settled.raw)
+        self._tell_forbidden(settled)
 
     def _write_what_breaks_a_rule(self) -> None:
         victim, choice = self._victim(), self._simulation.choice
@@ -175,10 +197,12 @@ class Liar:
         ]
         if victim.member != self._node.member:
             bodies.append(Transferred(victim.member, self._node.member, 10**9))
-        for hold in self._node.ledger.open_holds():
-            if hold.author != self._node.key.public:
-                bodies.append(HoldVoided(hold.session, VoidReason.CANCELLED))
-        self._tell(self._next(choice.choice(bodies)).raw)
+        bodies += [
+            HoldVoided(hold.session, VoidReason.CANCELLED)
+            for hold in self._node.ledger.open_holds()
+            if hold.author != self._node.key.public
+        ]
+        self._tell_forbidden(self._next(choice.choice(bodies)))
 
     def _settle_wrong_sums(self) -> None:
         session, choice = self._session(self._node), self._simulation.choice
@@ -192,17 +216,40 @@ class Liar:
             self._signed(session, work, stage=self._victim().key.public),
             self._signed(session, work, rate_card_version=9),
         ]
-        settled = HoldSettled(session.id, 10, 0, 20, (choice.choice(wrong),))
         self._write(hold)
-        self._tell(hold.raw, self._sign(hold.index + 1, hold.hash, settled).raw)
+        lie: Body = HoldSettled(session.id, 10, 0, 20, (choice.choice(wrong),))
+        if choice.random() < 0.2:
+            lie = ReceiptClaimed(
+                replace(self._signed(session, work, stage=self._victim().key.public), stage_signature=b"")
+            )
+        self._tell_forbidden(self._sign(hold.index + 1, hold.hash, lie))
 
     def _sign_above_the_work(self) -> None:
-        """As a head for a colluding member: a stage is asked to sign what it did not do."""
+        """A stage is asked to sign, and given reason to claim, what it did not do."""
         stage = self._victim()
         session = self._session(stage)
-        signed = self._signed(session, Work(10, 0, 70))
-        receipt: Receipt = signed.receipt
-        self._simulation.send("receipt", self._node.number, stage.number, sign_as_head(receipt, self._node.key.sign).encode())
+        receipt = self._simulation.receipt(self._node, session, 0, Work(10, 0, 70))
+        asked = sign_as_head(receipt, self._node.key.sign)
+        self._write(self._next(self._simulation.hold(self._node, session)))
+        self._simulation.send("receipt", self._node.number, stage.number, asked.encode())
+        self._write(self._next(HoldSettled(session.id, 10, 0, 70, ())))
+
+    def _hold_too_little(self) -> None:
+        """Two stages work, each for less than the hold, both together for more; neither is settled."""
+        stages = [self._victim(), self._victim()]
+        session, work = self._session(*stages), Work(10, 0, 50)
+        hold = replace(self._simulation.hold(self._node, session), amount_microcredits=work.price() * 6 // 5)
+        entry = self._next(hold)
+        self._write(entry)
+        if self._node.ledger.session(self._node.key.public, session.id) is None:
+            return
+        self._simulation.truth.held[self._node.key.public, session.id] = hold.amount_microcredits
+        for index, stage in enumerate(stages):
+            self._simulation.truth.work[self._node.key.public, session.id, index, stage.key.public] = work
+            receipt = self._simulation.receipt(self._node, session, index, work)
+            asked = sign_as_head(receipt, self._node.key.sign).encode()
+            self._simulation.send("receipt", self._node.number, stage.number, asked)
+        self._write(self._next(HoldSettled(session.id, 10, 0, 50, ())))
 
     def _claim_unsigned_work(self) -> None:
         """As a stage: more than the head signed, and receipts that no head signed at all."""
@@ -222,7 +269,7 @@ class Liar:
             head = self._simulation.nodes[self._simulation.numbers[hold.author]]
             receipt = self._simulation.receipt(head, session, 0, Work(10, 0, 3))
             forged = SignedReceipt(receipt, self._node.key.sign(b"not the head"))
-        self._tell(self._next(ReceiptClaimed(forged)).raw)
+        self._tell_forbidden(self._next(ReceiptClaimed(forged)))
 
     def _collude(self) -> None:
         """Work that nobody did, paid by its own member to an accomplice."""
@@ -249,7 +296,7 @@ class Liar:
         others = [body.authorization for body in shown if isinstance(body, HoldOpened) and body.authorization]
         if others:
             hold = replace(hold, authorization=choice.choice(others))
-        self._tell(self._next(hold).raw)
+        self._tell_forbidden(self._next(hold))
 
     def _resolve_twice(self) -> None:
         session = self._session(self._node)
@@ -266,33 +313,47 @@ class Liar:
 
     def _travel_in_time(self) -> None:
         choice = self._simulation.choice
-        time_ms = choice.choice([0, self._node.now_ms() - 10**10, self._node.now_ms() + 10**10, MAX_TIME_MS - 1])
+        time_ms = choice.choice(
+            [0, self._node.now_ms() - 10**10, self._node.now_ms() + 10**10, MAX_TIME_MS - 1]
+        )
         session = self._session(self._node)
         hold = self._simulation.hold(self._node, session)
         bodies: list[Body] = [
             AccountOpened(self._node.member, 1),
             replace(hold, expires_at_ms=time_ms + 1),
             replace(hold, expires_at_ms=MAX_TIME_MS),
-            # Refused: over before it began.
-            replace(hold, expires_at_ms=time_ms),
             Disputed(session.id, DisputeReason.TERMS),
         ]
         entry = self._next(choice.choice(bodies), time_ms)
         self._write(entry)
-        self._tell(entry.raw)
+        self._tell()
+        # Over before it began.
+        self._tell_forbidden(self._next(replace(hold, expires_at_ms=time_ms), time_ms))
 
     def _let_strangers_write(self) -> None:
         stranger = key_of(f"stranger {self._simulation.choice.randrange(3)}")
-        body = Issued(10**9)
         now_ms = self._node.now_ms()
+        body = Disputed(bytes(16), DisputeReason.TERMS)
         entry = sign_entry(POD, stranger.public, 0, FIRST_PREV_HASH, now_ms, body, stranger.sign)
-        forged = replace(self._next(AccountOpened(self._victim().member, 1)), author=self._victim().key.public)
-        self._tell(entry.raw, _raw_of(forged))
+        self._tell_forbidden(entry)
+
+    def _write_as_another(self) -> None:
+        """The next entry in an honest node's journal, signed with the wrong key."""
+        victim, key = self._victim().key, self._node.key
+        last = self._node.ledger.heads().get(victim.public)
+        if last is not None:
+            place = (last[-1].index + 1, last[-1].hash)
+            body = Disputed(bytes(16), DisputeReason.TERMS)
+            entry = sign_entry(POD, victim.public, *place, self._node.now_ms(), body, key.sign)
+            self._simulation.truth.forbidden.add(entry.hash)
+            self._tell_raws(*self._node.ledger.missing({}, 1 << 30)[0], entry.raw)
 
     def _send_noise(self) -> None:
         choice, send, me = self._simulation.choice, self._simulation.send, self._node.number
         entry = self._next(Issued(1))
-        longer = canonical.encode((1, POD, entry.author, entry.index, entry.prev_hash, 2, {0: 0, 1: 1, 2: b"x" * 65}, bytes(64)))
+        longer = canonical.encode(
+            (1, POD, entry.author, entry.index, entry.prev_hash, 2, {0: 0, 1: 1, 2: b"x" * 65}, bytes(64))
+        )
         noise = [
             ("batch", choice.randbytes(200)),
             ("batch", sync.encode_batch([choice.randbytes(300), b"", longer, bytes(60_000)])),
@@ -309,11 +370,3 @@ class Liar:
         authors = [node.key.public for node in self._simulation.nodes]
         heads = {author: (Tip(choice.choice([0, 3, 2**62]), choice.randbytes(32)),) for author in authors}
         self._simulation.send("heads", self._node.number, self._other().number, sync.encode_heads(heads))
-
-
-def _raw_of(entry: Entry) -> bytes:
-    """The bytes of an entry that somebody else's key signed."""
-    member = entry.body.member if isinstance(entry.body, AccountOpened) else bytes(32)
-    body = {0: entry.time_ms, 1: member, 2: 1, 3: b""}
-    fields = (1, entry.pod, entry.author, entry.index, entry.prev_hash, 1, body, entry.signature)
-    return canonical.encode(fields)

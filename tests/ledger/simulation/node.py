@@ -1,4 +1,4 @@
-"""One node of a simulated pod: a real ledger over a disk that outlives it, and what it knows until it dies."""
+"""One node of a simulated pod: a real ledger over a disk that outlives it, and what it knows till it dies."""
 
 from __future__ import annotations
 

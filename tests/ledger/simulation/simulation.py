@@ -26,6 +26,7 @@ from ledger.entry import (
     Transferred,
     VoidReason,
 )
+from ledger.journal import JournalError
 from ledger.ledger import LedgerError
 from ledger.rate_card import DEFAULT_RATE_CARD
 from ledger.receipt import (
@@ -157,6 +158,8 @@ class Simulation:
             do()
         except Died:
             self._restart(node)
+        except JournalError:
+            audit.check_nothing_is_half_done(node)
         if (node.ledger.num_entries(), node.num_lives) != before:
             audit.check_node(self, node)
 
@@ -171,7 +174,7 @@ class Simulation:
                     if hold.author == node.key.public:
                         self._append(node, HoldVoided(hold.session, VoidReason.FAILED))
                 return
-            except Died:
+            except (Died, JournalError):
                 continue
 
     def _crash(self) -> Crash | None:
@@ -297,6 +300,16 @@ class Simulation:
         receipts = tuple(session.co_signed[index] for index in sorted(session.co_signed))
         counts = (session.num_prompt_tokens, session.num_cached_tokens, session.num_output_tokens)
         self._append(node, HoldSettled(session.id, *counts, receipts))
+        if node.number not in self.liars and self.choice.random() < 0.2:
+            self._end_again(node, session)
+
+    def _end_again(self, node: SimulatedNode, session: Session) -> None:
+        """Its client went away in the same moment."""
+        try:
+            node.ledger.append(HoldVoided(session.id, VoidReason.CANCELLED))
+        except LedgerError:
+            return
+        raise AssertionError("a hold was resolved twice")
 
     def _claim(self, node: SimulatedNode) -> None:
         """What `node/claims.py` does: present what a head that is done left out."""
@@ -426,7 +439,7 @@ class Simulation:
     # The end
 
     def _heal(self) -> None:
-        """Everybody hears everybody again, sessions end, deadlines pass, and gossip runs until it is quiet."""
+        """Everybody hears everybody again, sessions end, deadlines pass, gossip runs until it is quiet."""
         self.note("healed")
         self.network.heal()
         self._crash_rate = 0.0

@@ -31,6 +31,7 @@ class Work:
 class Truth:
     """`promised`: author and hash of entries whose writing was reported: they may never be lost again.
 
+    `forbidden`: hashes of entries that no honest node may ever take in.
     `held` and `payers` are those of the sessions of honest heads, by head and session.
     """
 
@@ -38,5 +39,6 @@ class Truth:
     held: dict[tuple[bytes, bytes], int] = field(default_factory=dict)
     payers: dict[tuple[bytes, bytes], bytes] = field(default_factory=dict)
     promised: set[tuple[bytes, bytes]] = field(default_factory=set)
+    forbidden: set[bytes] = field(default_factory=set)
     num_crashes: int = 0
     num_lies: int = 0
