@@ -35,6 +35,8 @@ from ledger.treasury import Changes, Treasury, TreasuryTotals
 
 SessionKey = tuple[bytes, bytes]
 MAX_CLOCK_SKEW_MS = 60 * 60 * 1000
+# Above this many at once, sorting all is quicker than finding each one's place.
+_MAX_NUM_INSERTED = 256
 Payments = Mapping[tuple[int, bytes], Payment]
 
 
@@ -110,7 +112,9 @@ class Books:
         self._sessions: dict[SessionKey, SessionRecord] = {}
         self._unresolved: dict[bytes, dict[tuple[bytes, bytes, bytes], Hold]] = {}
         self._totals: defaultdict[bytes, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
+        # In order of time; those opened since somebody asked are put in their places when somebody does.
         self._recent: list[tuple[int, bytes, bytes]] = []
+        self._undated: list[tuple[int, bytes, bytes]] = []
         self._keys = KeyUses()
 
     def apply(self, entry: Entry) -> tuple[Posting, ...]:
@@ -175,7 +179,7 @@ class Books:
     def _open_hold(self, entry: Entry, body: HoldOpened) -> list[Posting]:
         record = self._session(entry.author, body.session)
         if not record.holds:
-            insort(self._recent, (entry.time_ms, entry.author, body.session))
+            self._undated.append((entry.time_ms, entry.author, body.session))
         consumed, paid = record.consumption(), record.payments()
         known = record.holds.get((body.payer, body.key_id))
         record.add_hold(Hold.of(entry.author, body, entry.time_ms))
@@ -384,11 +388,21 @@ class Books:
 
     def recent_sessions(self, limit: int, now_ms: int) -> list[SessionSummary]:
         """The sessions opened last, newest first; those a clock far ahead of ours dates come last."""
+        self._sort_recent()
         num_dated = bisect_right(self._recent, (now_ms + MAX_CLOCK_SKEW_MS + 1,))
         places = itertools.chain(range(num_dated)[::-1], range(num_dated, len(self._recent))[::-1])
         newest = (self._recent[place] for place in itertools.islice(places, max(limit, 0)))
         found = (self.session(head, session, now_ms) for _, head, session in newest)
         return [summary for summary in found if summary is not None]
+
+    def _sort_recent(self) -> None:
+        if len(self._undated) > _MAX_NUM_INSERTED:
+            self._recent += self._undated
+            self._recent.sort()
+        else:
+            for place in self._undated:
+                insort(self._recent, place)
+        self._undated.clear()
 
     def session(self, head: bytes, session: bytes, now_ms: int) -> SessionSummary | None:
         record = self._sessions.get((head, session))

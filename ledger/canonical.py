@@ -13,6 +13,7 @@ import cbor2
 
 MAX_UINT = 2**63 - 1
 _MAX_DEPTH = 6
+_NESTED = (dict, list)
 
 Value = Union[int, bytes, "list[Value]", "dict[int, Value]"]
 
@@ -66,9 +67,10 @@ def decode(raw: bytes, max_num_bytes: int, *, was_checked: bool = False) -> Fiel
 def _as_we_write(value: Value) -> Value:
     """The same with the keys every map of ours has. What is no integer or bytes, FieldReader refuses."""
     if type(value) is dict:
-        return dict(enumerate(map(_as_we_write, value.values())))
+        items = enumerate(value.values())
+        return {key: _as_we_write(item) if type(item) in _NESTED else item for key, item in items}
     if type(value) is list:
-        return list(map(_as_we_write, value))
+        return [_as_we_write(item) if type(item) in _NESTED else item for item in value]
     return value
 
 
