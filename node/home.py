@@ -37,11 +37,15 @@ _POD_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class RunningNode:
-    """What a running node writes down so that `pod` commands on the same machine can reach it."""
+    """What a running node writes down so that `pod` commands on the same machine can reach it.
+
+    `api_url` is what others use; `local_url` the same over plain HTTP, on loopback only.
+    """
 
     pid: int
     api_url: str
     local_token: str
+    local_url: str = ""
 
 
 class PodHome:
@@ -154,9 +158,9 @@ class PodHome:
         self._running_file.unlink(missing_ok=True)
         self._lock.release()
 
-    def announce_running(self, api_url: str) -> RunningNode:
+    def announce_running(self, api_url: str, local_url: str = "") -> RunningNode:
         """Called by the node that holds the lock, once its API listens."""
-        running = RunningNode(os.getpid(), api_url, secrets.token_urlsafe(32))
+        running = RunningNode(os.getpid(), api_url, secrets.token_urlsafe(32), local_url or api_url)
         self._write_private(self._running_file, json.dumps(asdict(running)))
         return running
 
@@ -173,7 +177,8 @@ class PodHome:
         """The node that runs on this directory now, or None. A note left by a killed node counts as none."""
         try:
             note = json.loads(self._running_file.read_text())
-            running = RunningNode(int(note["pid"]), str(note["api_url"]), str(note["local_token"]))
+            api_url, local_url = str(note["api_url"]), str(note["local_url"])
+            running = RunningNode(int(note["pid"]), api_url, str(note["local_token"]), local_url)
         except (OSError, ValueError, KeyError, TypeError):
             return None
         if not self.try_acquire():

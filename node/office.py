@@ -41,7 +41,9 @@ def wall_clock_ms() -> int:
 
 @dataclass
 class Office:
-    """`running` is None while the node does not run; `loading` yields shards on their way in."""
+    """`running` is None while the node does not run; `loading` yields shards on their way in; `https` tells
+    of the certificate of the API, None when it has none.
+    """
 
     home: PodHome
     membership: Membership
@@ -51,6 +53,7 @@ class Office:
     running: RunningNode | None = None
     loading: Callable[[], Iterable[Mapping[str, object]]] = tuple
     leave: Leave | None = None
+    https: Callable[[], Mapping[str, object] | None] = lambda: None
 
     def invite_addresses(self, listen: tuple[str, int], advertise_host: str | None) -> tuple[str, ...]:
         """What an invite should name beyond what the node has announced by itself."""

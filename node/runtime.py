@@ -47,6 +47,8 @@ from node.serving import Serving
 from node.sessions.head import Head
 from node.settings import NodeSettings, split_address
 from node.status import NodeStatus
+from node.tls.authority import Authority
+from node.tls.front_door import FrontDoor
 from pod.address import AddressError, dialable, host_port_of, multiaddr_of
 from pod.control import ControlError
 from pod.roster.events import Role
@@ -88,6 +90,7 @@ class NodeRuntime:
         # Set before it is ready: a node that is told to stop while it starts must leave no engine behind.
         self._engine_to_stop: EngineClient | None = None
         self._serving: Serving | None = None
+        self._door: FrontDoor | None = None
         self._engine_ready: EngineReady | None = None
         self._engine_problem = ""
         self._make_parts()
@@ -125,6 +128,7 @@ class NodeRuntime:
             max_num_draft_tokens=MAX_NUM_DRAFT_TOKENS if self._settings.speculation else 0,
         )
         self._claims = Claims(self._ledger)
+        self._authority = Authority(self._membership, self._home.keys_dir, wall_clock_ms)
         self._office = Office(
             home=self._home,
             membership=self._membership,
@@ -152,8 +156,6 @@ class NodeRuntime:
         """Raises UserError: a port is taken, the engine cannot start, this node was removed."""
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._ledger.close)
-            app = create_app(self._backend())
-            app.include_router(local_router(self._run_operation, lambda: self._local_token))
             listener = self._bind_ports()
             stack.callback(listener.close)
             await stack.enter_async_context(self._membership_running())
@@ -165,11 +167,16 @@ class NodeRuntime:
             stack.push_async_callback(self._stop_engine)
             stack.push_async_callback(self._end_tasks)
             stack.push_async_callback(self._head.close, SHUTDOWN_GRACE_S)
-            host = split_address(self._settings.api_address, "--api")[0]
-            port = listener.getsockname()[1]
-            self._running = self._home.announce_running(f"http://{_url_host(host)}:{port}")
+            door = self._open_door(listener)
+            stack.callback(door.close)
+            app = create_app(self._backend(), is_strict=door.is_strict)
+            app.include_router(local_router(self._run_operation, lambda: self._local_token))
+            self._running = self._home.announce_running(door.api_url, door.local_url)
             self._office.running = self._running
-            await stack.enter_async_context(serving(app, listener, grace_s=SHUTDOWN_GRACE_S))
+            tls = door.certificate.context if door.certificate is not None else None
+            await stack.enter_async_context(
+                serving(app, listener, tls=tls, plain=door.plain, grace_s=SHUTDOWN_GRACE_S)
+            )
             self._start_tasks()
             on_listening(Listening(self._running, self._membership.addresses()))
             await self._stopped.wait()
@@ -206,6 +213,23 @@ class NodeRuntime:
         check_ports_are_free(replace(self._settings, serve=self._serves))
         return _bind(self._settings.api_address, "--api")
 
+    def _open_door(self, listener: socket.socket) -> FrontDoor:
+        """The owner's node makes the pod's authority first, if there is none."""
+        self._authority.ensure()
+        try:
+            self._door = FrontDoor(
+                self._settings,
+                listener,
+                self._authority,
+                self._home.keys_dir,
+                self._membership.roster.name,
+                wall_clock_ms,
+            )
+        except ListenError as error:
+            raise UserError(str(error)) from None
+        self._office.https = self._door.describe
+        return self._door
+
     @contextlib.asynccontextmanager
     async def _membership_running(self) -> AsyncIterator[None]:
         membership, settings = self._membership, self._settings
@@ -213,6 +237,7 @@ class NodeRuntime:
         membership.add_replicated(channel)
         membership.add_replicated(self._book)
         membership.handle(BUNDLE_KIND, self._catalogue.answer_bundle)
+        self._authority.handle_requests()
         announce = []
         port = split_address(settings.listen_address, "--listen")[1]
         if settings.advertise_listen:
@@ -249,10 +274,16 @@ class NodeRuntime:
             self._spawn(self._trust_engine(self._engine, roster.certificates()))
         self._files_due.set()
         self._status_due.set()
+        self._wake_door()
         self._wake()
 
     def _peer_changed(self, _node: bytes, _live: bool) -> None:
+        self._wake_door()
         self._wake()
+
+    def _wake_door(self) -> None:
+        if self._door is not None:
+            self._door.wake()
 
     def _adverts_changed(self) -> None:
         self._wake()
@@ -306,6 +337,8 @@ class NodeRuntime:
         self._spawn(self._planner.run())
         self._spawn(self._advertise())
         self._spawn(self._find_files())
+        if self._door is not None:
+            self._spawn(self._door.keep())
         if self._serves:
             self._spawn(self._serve())
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from node.cli import show
+from node.cli.authority import ca, https_text
 from node.cli.books import ledger_app
 from node.cli.call import Json, perform, require_pod, this_home, wait_until_stopped
 from node.cli.keys import key_app
@@ -26,12 +27,15 @@ from node.cli.options import (
     DeviceOption,
     Discover,
     HiddenBits,
+    InsecureHttp,
     Listen,
     MemberName,
     Memory,
     NodeName,
     NoServe,
     Speculation,
+    TlsCert,
+    TlsKey,
     node_settings,
 )
 from node.cli.times import times_tables
@@ -56,6 +60,7 @@ app.add_typer(key_app, name="key")
 app.add_typer(members_app, name="members")
 app.add_typer(ledger_app, name="ledger")
 app.command("models")(models)
+app.command("ca")(ca)
 
 
 @app.command()
@@ -150,6 +155,9 @@ def join(
     discover: Discover = True,
     compile_layers: Compile = True,
     speculation: Speculation = True,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    insecure_http: InsecureHttp = False,
     database: Database = None,
     as_json: AsJson = False,
 ) -> None:
@@ -171,6 +179,9 @@ def join(
         compile_layers,
         speculation,
         hidden_bits,
+        tls_cert,
+        tls_key,
+        insecure_http,
         database,
     )
     home = this_home()
@@ -197,6 +208,9 @@ def up(
     discover: Discover = True,
     compile_layers: Compile = True,
     speculation: Speculation = True,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    insecure_http: InsecureHttp = False,
     database: Database = None,
     as_json: AsJson = False,
 ) -> None:
@@ -219,6 +233,9 @@ def up(
         compile_layers,
         speculation,
         hidden_bits,
+        tls_cert,
+        tls_key,
+        insecure_http,
         database,
     )
     run_node(home, settings, as_json)
@@ -237,6 +254,8 @@ def status(as_json: AsJson = False) -> None:
     show.out.print(
         f"Pod [bold]{result['pod']['name']}[/]  node [bold]{node['name']}[/] of {node['member']}: {state}"
     )
+    if node["https"]:
+        show.out.print(https_text(node["https"]), markup=False)
     show.table(
         ("node", "member", "live", "device", "layers", "address"),
         [

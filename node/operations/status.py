@@ -46,6 +46,7 @@ async def status(office: Office, _arguments: Arguments, _tell: TellProgress) -> 
             "running": office.running is not None,
             "is_in_pod": own in roster.nodes,
             "api_url": office.running.api_url if office.running else "",
+            "https": office.https(),
             "home": str(office.home.path),
         },
         "nodes": nodes,
