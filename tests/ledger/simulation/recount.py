@@ -21,7 +21,6 @@ from ledger.ledger import Ledger
 from ledger.rate_card import DEFAULT_RATE_CARD
 from ledger.receipt import Receipt
 
-
 PERIOD_MS = 1000 * DEFAULT_RATE_CARD.dividend_period_s
 
 
@@ -102,7 +101,9 @@ def balances_of(ledger: Ledger, member_of_node: Mapping[bytes, bytes]) -> dict[b
 def _given(
     given: list[tuple[bytes, bytes, int]], moves: list[tuple[bytes, bytes, int]], opened: set[bytes]
 ) -> list[tuple[bytes, bytes, int]]:
-    """What members' transfers move: at most what they were granted, earned or given by the treasury, and the line."""
+    """What members' transfers move: at most what they were granted, earned or given by the treasury, and
+    their credit line.
+    """
     found = []
     for giver in {source for source, _, _ in given}:
         mine = [(target, amount) for source, target, amount in given if source == giver]
