@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
 
 from ledger.entry import ISSUANCE, TREASURY
-from ledger.rate_card import DEFAULT_RATE_CARD
 from ledger.session_record import SessionState
 from node.books_view import account_rows, member_name, model_name, node_name, session_route_text
 from node.catalogue import Catalogue, Entry
@@ -168,7 +167,7 @@ class NodeBackend:
                 sampling=request.sampling,
                 authorize=self._authorize(caller),
             ),
-            DEFAULT_RATE_CARD,
+            self._state.rate_card(),
         )
         self._changes.tell()
         return _Generation(session, self._state.route_text(session.terms.route), self._ended)

@@ -14,13 +14,14 @@ from pathlib import Path
 from ledger.entry import AccountOpened, Issued
 from ledger.journal import JournalError
 from ledger.ledger import Ledger
-from ledger.rate_card import DEFAULT_RATE_CARD, MICROCREDITS_PER_CREDIT
+from ledger.rate_card import MICROCREDITS_PER_CREDIT
 from node.catalogue import Catalogue
 from node.database import check_database_url
 from node.errors import UserError
 from node.home import PodHome, RunningNode
 from node.ledger_thread import LedgerThread
 from node.pod_state import PodState
+from node.policy import rate_card_of
 from node.roster_directory import RosterDirectory
 from pod.address import dialable, multiaddr_of
 from pod.identity import IdentityError
@@ -101,7 +102,7 @@ def open_ledger(home: PodHome, membership: Membership) -> LedgerThread:
         if roster.owner.id == membership.member_id and ledger.num_entries() == 0:
             ledger.append(Issued(INITIAL_ISSUE_MICROCREDITS))
         if not ledger.is_account_open(membership.member_id):
-            ledger.append(AccountOpened(membership.member_id, DEFAULT_RATE_CARD.version))
+            ledger.append(AccountOpened(membership.member_id, rate_card_of(roster).version))
     return LedgerThread(ledger)
 
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 from functools import lru_cache
 
 from ledger.rate_card import DEFAULT_RATE_CARD, RateCard, RateCardError
+from node.engine.messages import MAX_NUM_RATE_CARDS
 from pod.roster.policies import Policy
 from pod.roster.roster import Roster
 
-# How many policies back a head may be that has not heard of the newest.
-MAX_NUM_RECENT_CARDS = 4
 
 
 def rate_card_of(roster: Roster) -> RateCard:
@@ -35,13 +34,13 @@ def policy_in_force(roster: Roster) -> tuple[RateCard, Policy | None]:
 
 
 def recent_rate_cards(roster: Roster) -> tuple[RateCard, ...]:
-    """What stages accept: the card in force, the last, and a few before it."""
+    """What stages accept: the card in force, the last, and a few before it for heads that lag behind."""
     cards = [DEFAULT_RATE_CARD]
     for policy in roster.policies:
         card = card_in(policy, roster)
         if card is not None:
             cards = [*(known for known in cards if known != card), card]
-    return tuple(cards[-MAX_NUM_RECENT_CARDS:])
+    return tuple(cards[-MAX_NUM_RATE_CARDS:])
 
 
 def published_rate_cards(roster: Roster) -> dict[int, tuple[RateCard, ...]]:

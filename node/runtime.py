@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ledger.rate_card import DEFAULT_RATE_CARD
+from ledger.rate_card import RateCard
 from node.catalogue import BUNDLE_KIND, Catalogue
 from node.changes import Changes
 from node.claims import Claims
@@ -93,6 +93,7 @@ class NodeRuntime:
         self._door: FrontDoor | None = None
         self._engine_ready: EngineReady | None = None
         self._engine_problem = ""
+        self._told_cards: tuple[RateCard, ...] = ()
         self._make_parts()
 
     def _make_parts(self) -> None:
@@ -272,6 +273,8 @@ class NodeRuntime:
         self._links.set_trust(roster.certificates())
         if self._engine is not None:
             self._spawn(self._trust_engine(self._engine, roster.certificates()))
+            if (cards := self._state.recent_rate_cards()) != self._told_cards:
+                self._spawn(self._tell_rate_cards(self._engine, cards))
         self._files_due.set()
         self._status_due.set()
         self._wake_door()
@@ -433,7 +436,7 @@ class NodeRuntime:
                 await asyncio.sleep(ENGINE_RETRY_S)
         self._engine, self._engine_problem = engine, ""
         await self._trust_engine(engine, self._membership.roster.certificates())
-        await engine.set_rate_card(DEFAULT_RATE_CARD.encode())
+        await self._tell_rate_cards(engine, self._state.recent_rate_cards())
         self._serving = Serving(
             self._membership.node_id, engine, self._catalogue, self._state, self._book, self._shards_changed
         )
@@ -459,6 +462,17 @@ class NodeRuntime:
         except EngineError as error:
             # A restarting engine is given the newest certificates when it is back.
             log.info("the engine was not told who is in the roster: %s", error)
+
+    async def _tell_rate_cards(self, engine: EngineClient, cards: tuple[RateCard, ...]) -> None:
+        """The one in force last."""
+        self._told_cards = cards
+        try:
+            for card in cards:
+                await engine.set_rate_card(card.encode())
+        except EngineError as error:
+            # A restarting engine is given what it was told before, and the newest with the next change.
+            self._told_cards = ()
+            log.info("the engine was not told of a new rate card: %s", error)
 
     async def _check_claims(self) -> None:
         while True:

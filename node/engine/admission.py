@@ -58,7 +58,8 @@ class Admission:
         loaded = find_shard(opening, self._node, peer, self._shards)
         rate_card = self._rate_cards.get(opening.rate_card_version)
         if rate_card is None:
-            raise Refusal(ErrorCode.BAD_FRAME, f"rate card {opening.rate_card_version} is not known here")
+            # The newest may be on its way here: the head tries others, then this stage again.
+            raise Refusal(ErrorCode.UNKNOWN_SHARD, f"rate card {opening.rate_card_version} is not known here")
         now_ms = self._clock_ms()
         if opening.deadline_ms <= now_ms:
             raise Refusal(ErrorCode.DEADLINE, "the session's deadline has passed")

@@ -20,6 +20,7 @@ from pathlib import Path
 from node.engine.events import ReceiptHeld, SessionEnded
 from node.engine.messages import (
     LENGTH_BYTES,
+    MAX_NUM_RATE_CARDS,
     Command,
     Configure,
     Done,
@@ -154,8 +155,11 @@ class EngineClient:
         await self._ask(SetTrust(self._number(), self._certificates), ANSWER_TIMEOUT_S)
 
     async def set_rate_card(self, rate_card: bytes) -> None:
-        """One more version (encoded) that sessions may be opened with."""
+        """A version (encoded) that sessions may be opened with; the oldest said gives way."""
+        self._rate_cards.pop(rate_card, None)
         self._rate_cards[rate_card] = None
+        while len(self._rate_cards) > MAX_NUM_RATE_CARDS:
+            del self._rate_cards[next(iter(self._rate_cards))]
         await self._ask(SetRateCard(self._number(), rate_card), ANSWER_TIMEOUT_S)
 
     async def stats(self) -> EngineStats:
@@ -241,7 +245,7 @@ class EngineClient:
     async def _reload(self, ready: EngineReady) -> None:
         failed, shards = [], []
         await self._ask(SetTrust(self._number(), self._certificates), ANSWER_TIMEOUT_S)
-        for rate_card in self._rate_cards:
+        for rate_card in tuple(self._rate_cards):
             await self._ask(SetRateCard(self._number(), rate_card), ANSWER_TIMEOUT_S)
         for spec, _ in list(self._shards.values()):
             try:

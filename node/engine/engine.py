@@ -29,6 +29,7 @@ from node.engine.group import Group
 from node.engine.inbox import Inbox
 from node.engine.layer_pass import run_layers
 from node.engine.loaded import LoadedShard
+from node.engine.messages import MAX_NUM_RATE_CARDS
 from node.engine.outbox import Outbox
 from node.engine.outputs import Outputs, account
 from node.engine.room import make_room
@@ -124,7 +125,13 @@ class Engine:
         return self._ask(partial(self._drop_shard, model, start_layer, end_layer))
 
     def set_rate_card(self, card: RateCard) -> None:
-        self._post(self._rate_cards.__setitem__, card.version, card)
+        self._post(self._keep_rate_card, card)
+
+    def _keep_rate_card(self, card: RateCard) -> None:
+        self._rate_cards.pop(card.version, None)
+        self._rate_cards[card.version] = card
+        while len(self._rate_cards) > MAX_NUM_RATE_CARDS:
+            del self._rate_cards[next(iter(self._rate_cards))]
 
     def shards(self) -> Future[list[tuple[LoadedShard, int]]]:
         """Each shard with its number of open sessions."""

@@ -17,6 +17,7 @@ from node.engine.events import ReceiptHeld, SessionEnded
 from node.speed import Speed
 
 LENGTH_BYTES = 4
+MAX_NUM_RATE_CARDS = 4
 MAX_MESSAGE_BYTES = 16 << 20
 
 
@@ -67,6 +68,8 @@ class SetTrust:
 
 @dataclass(frozen=True, slots=True)
 class SetRateCard:
+    """The engine keeps the last `MAX_NUM_RATE_CARDS` it was told; sessions keep the one they began with."""
+
     request: int
     rate_card: bytes
 

@@ -264,7 +264,7 @@ BAD_OPENINGS: dict[str, tuple[Callable[[OpenSession], OpenSession], ErrorCode, s
         ErrorCode.BAD_FRAME,
         "do not fit the context of 512",
     ),
-    "rate card": (lambda o: replace(o, rate_card_version=9), ErrorCode.BAD_FRAME, "rate card 9"),
+    "rate card": (lambda o: replace(o, rate_card_version=9), ErrorCode.UNKNOWN_SHARD, "rate card 9"),
 }
 
 
