@@ -44,6 +44,10 @@ class Dispute(Exception):
     """A head's receipt does not agree with the stage's own count."""
 
 
+class WrongTerms(Dispute):
+    """It is not even for the session that was opened."""
+
+
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """The signed statement. Counts and amount are cumulative; of one stage only the highest sequence counts.
@@ -192,6 +196,9 @@ def verify_stage(signed: SignedReceipt) -> None:
         raise ReceiptError("the stage's signature on the receipt does not match")
 
 
+# A head checks a stage's signature when it comes and again when it settles, and an entry that waits for
+# another is looked at more than once; the answer for the same bytes is the same.
+@lru_cache(maxsize=4096)
 def is_signed_by(public_key: bytes, signature: bytes, message: bytes) -> bool:
     try:
         _public_key(public_key).verify(signature, message)
@@ -264,9 +271,9 @@ def check_against_count(receipt: Receipt, own: WorkCount) -> None:
     """
     for name in _TERMS:
         if getattr(receipt, name) != getattr(own, name):
-            raise Dispute(f"{name} is not what the session was opened with")
+            raise WrongTerms(f"{name} is not what the session was opened with")
     if receipt.rate_card_version != own.rate_card.version:
-        raise Dispute(f"rate card {receipt.rate_card_version}, the session has {own.rate_card.version}")
+        raise WrongTerms(f"rate card {receipt.rate_card_version}, the session has {own.rate_card.version}")
     for name in _COUNTS:
         if getattr(receipt, name) > getattr(own, name):
             raise Dispute(f"{name} is {getattr(receipt, name)}, the stage counted {getattr(own, name)}")

@@ -1,7 +1,8 @@
 """Receipts this node's stages co-signed, kept until they count; claimed when their head lets them down.
 
 A head may vanish (its hold expires), settle without them, or hold far beyond its deadline: then the stage
-presents the head's own signature. Voided requests are not claimed. In memory and bounded; knows no engine.
+presents the head's own signature. A void does not undo what was signed: a head voids what gave nothing, and
+signs for nothing before the first token. In memory and bounded; knows no engine.
 """
 
 from __future__ import annotations
@@ -100,7 +101,5 @@ def _verdict(signed: SignedReceipt, is_overdue: bool, ledger: Ledger) -> _Verdic
             return _Verdict.FORGET if is_overdue else _Verdict.WAIT
         case SessionState.OPEN:
             return _Verdict.CLAIM if is_overdue else _Verdict.WAIT
-        case SessionState.VOIDED:
-            return _Verdict.FORGET
         case _:
             return _Verdict.CLAIM

@@ -19,6 +19,7 @@ from ledger.rate_card import RateCard
 from node.catalogue import BUNDLE_KIND, Catalogue
 from node.changes import Changes
 from node.claims import Claims
+from node.disputes import Disputes
 from node.engine.client import (
     EngineClient,
     EngineConfig,
@@ -27,8 +28,8 @@ from node.engine.client import (
     EngineExited,
     EngineRestarted,
 )
-from node.engine.events import ReceiptHeld
-from node.engine.messages import EngineReady
+from node.engine.events import ReceiptHeld, WorkDisputed
+from node.engine.messages import EngineReady, MemberStanding
 from node.errors import UserError
 from node.gateway.app import create_app
 from node.gateway.serve import ListenError, bind, serving
@@ -130,6 +131,7 @@ class NodeRuntime:
         )
         self._claims = Claims(self._ledger)
         self._authority = Authority(self._membership, self._home.keys_dir, wall_clock_ms)
+        self._disputes = Disputes(node, self._ledger)
         self._office = Office(
             home=self._home,
             membership=self._membership,
@@ -319,6 +321,8 @@ class NodeRuntime:
         match event:
             case ReceiptHeld(receipt=receipt):
                 self._claims.hold(receipt)
+            case WorkDisputed():
+                self._spawn(self._dispute(event))
             case EngineExited(reason=reason):
                 log.warning("%s; it is being restarted", reason)
                 self._engine_ready = None
@@ -333,6 +337,9 @@ class NodeRuntime:
                     self._serving.engine_restarted(shards)
             case _:
                 pass
+
+    async def _dispute(self, event: WorkDisputed) -> None:
+        await self._disputes.record(event)
 
     # Tasks.
 

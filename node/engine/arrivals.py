@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from ledger.receipt import Dispute, Sign
+from ledger.entry import DisputeReason
+from ledger.receipt import Dispute, Sign, WrongTerms
 from node.engine.admission import Admission
 from node.engine.dialler import Dial, Dialler
 from node.engine.endings import Endings
@@ -170,6 +171,29 @@ class Arrivals:
             error = SessionError(opening.session, opening.stage_index, refusal.code, str(refusal))
             self._endings.send_to_head(peer, error)
             return
+        self._opened(session)
+
+    def admit_waiting(self) -> None:
+        """Whoever waits for room, in the order of their counters."""
+        refused = self._waiting_room.admit(
+            lambda candidate: self._opened(self._admission.take(candidate)),
+            self._admission.rank,
+            self._clock_ms(),
+            self._book.num_quieted,
+        )
+        for candidate, refusal in refused:
+            self._refuse(candidate.opening, refusal)
+
+    @property
+    def has_waiting(self) -> bool:
+        return bool(self._waiting_room)
+
+    def _refuse(self, opening: OpenSession, refusal: Refusal, peer: bytes | None = None) -> None:
+        error = SessionError(opening.session, opening.stage_index, refusal.code, str(refusal))
+        self._endings.send_to_head(peer or opening.head, error)
+
+    def _opened(self, session: StageSession) -> None:
+        self._endings.unpaid.admitted(session.opening)
         self._book.add(session)
         wait_ms = MAX_UNSTARTED_MS if session.is_first_stage else MAX_UNFED_MS
         self._book.set_deadline(session, min(session.end_ms, self._clock_ms() + wait_ms))
@@ -224,16 +248,18 @@ class Arrivals:
         self._push(session, num_cached_tokens, num_tokens, prompt_ids, num_cached_tokens, now_s)
 
     def _sign_receipt(self, session: StageSession, raw: bytes) -> None:
+        num_signed_before = session.meter.num_signed_tokens
         try:
             receipt = session.meter.co_sign(raw, self._sign)
             if receipt is None:
                 return
         except Dispute as dispute:
-            self._endings.end(session, ErrorCode.DISPUTED_RECEIPT, str(dispute))
+            is_terms = isinstance(dispute, WrongTerms)
+            reason = DisputeReason.TERMS if is_terms else DisputeReason.COUNTS
+            self._endings.dispute(session, reason, raw, str(dispute))
             return
         self._on_event(ReceiptHeld(session.id, receipt))
-        if session.is_paused and not session.is_set_aside:
-            self._book.resume(session)
+        self._endings.signed(session, session.meter.num_signed_tokens - num_signed_before)
         self._endings.tell(session, ReceiptSigned(session.id, receipt))
 
     def link_down(self, peer: bytes, reason: str) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from node.engine.events import ReceiptHeld, SessionEnded
+from node.engine.events import ReceiptHeld, SessionEnded, WorkDisputed
 from node.engine.messages import (
     LENGTH_BYTES,
     MAX_NUM_RATE_CARDS,
@@ -106,7 +106,7 @@ class EngineRestarted:
     failed: tuple[str, ...]
 
 
-EngineEvent = ReceiptHeld | SessionEnded | EngineExited | EngineRestarted
+EngineEvent = ReceiptHeld | SessionEnded | WorkDisputed | EngineExited | EngineRestarted
 OnProgress = Callable[[int, int], None]
 
 
@@ -325,7 +325,7 @@ class EngineClient:
                 case LoadProgress():
                     if message.request in self._on_progress:
                         self._on_progress[message.request](message.bytes_done, message.bytes_total)
-                case ReceiptHeld() | SessionEnded():
+                case ReceiptHeld() | SessionEnded() | WorkDisputed():
                     self._on_event(message)
                 case Done() | Failed() | ShardReady() | EngineStats():
                     future = self._waiting.get(message.request)

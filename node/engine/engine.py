@@ -47,8 +47,6 @@ Answer = TypeVar("Answer")
 BULK_RETRY_S = 0.002
 STOP_TIMEOUT_S = 10.0
 MAX_WAIT_S = 3600.0
-# A session with more output unsigned waits for its head: that and its prompt are all a stage can lose.
-MAX_NUM_UNSIGNED_OUTPUT_TOKENS = 256
 MAX_NUM_ENTRIES_PER_STEP = 256
 MAX_ENTRIES_S = 0.02
 
@@ -180,9 +178,9 @@ class Engine:
             return
         account(parts, started_s)
         for part in parts:
-            session, meter = part.session, part.session.meter
-            if meter.num_output_tokens - meter.num_signed_output_tokens > MAX_NUM_UNSIGNED_OUTPUT_TOKENS:
-                self._book.pause(session)
+            session = part.session
+            if session.meter.is_at_limit:
+                self._endings.wait_for_signature(session)
             elif session.waiting:
                 self._book.make_ready(session)
         for session in broken:

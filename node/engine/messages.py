@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import cbor2
 
-from node.engine.events import ReceiptHeld, SessionEnded
+from node.engine.events import ReceiptHeld, SessionEnded, WorkDisputed
 from node.speed import Speed
 
 LENGTH_BYTES = 4
@@ -152,7 +152,7 @@ class EngineStats:
 
 Command = LoadShard | DropShard | SetTrust | SetRateCard | GetStats | Stop
 Reply = Done | Failed | ShardReady | EngineStats
-Event = LoadProgress | ReceiptHeld | SessionEnded
+Event = LoadProgress | ReceiptHeld | SessionEnded | WorkDisputed
 Message = Configure | EngineReady | Command | Reply | Event
 
 # The number on the wire is the place in this tuple; both processes are always the same version.

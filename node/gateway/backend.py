@@ -131,11 +131,15 @@ class Generation(Protocol):
         """Until a finish reason; raises `GenerationFailed`. May be closed (or cancelled) at any token."""
         ...
 
+    def delivered(self, num_output_tokens: int) -> None:
+        """So many tokens have been written to the client; what is signed for the stages follows this."""
+        ...
+
     async def settle(self, num_output_tokens: int) -> Usage:
         """Stop the generation if it runs, close the session and settle the hold at what was delivered.
 
-        `num_output_tokens` counts from the first token and is at most what `tokens` yielded. 0 after a
-        failure voids the hold. Called in `finally`, also when the request was cancelled.
+        `num_output_tokens` counts from the first token and is at most what `tokens` yielded. 0 voids the
+        hold unless more was signed for. Called in `finally`, also when the request was cancelled.
         """
         ...
 

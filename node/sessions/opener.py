@@ -50,6 +50,7 @@ _WORTH_ANOTHER_ROUTE = frozenset(
         ErrorCode.UNKNOWN_SHARD,
         ErrorCode.NEXT_HOP_UNREACHABLE,
         ErrorCode.SHUTTING_DOWN,
+        ErrorCode.UNSIGNED_LIMIT,
         ErrorCode.INTERNAL,
     }
 )

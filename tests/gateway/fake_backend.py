@@ -97,6 +97,7 @@ class FakeGeneration:
         self.script = script
         self.settlements: list[int] = []
         self.num_yielded = 0
+        self.num_delivered = 0
         self.closed = False
 
     async def tokens(self) -> AsyncGenerator[GeneratedToken, None]:
@@ -116,6 +117,9 @@ class FakeGeneration:
                 raise self.script.error
         finally:
             self.closed = True
+
+    def delivered(self, num_output_tokens: int) -> None:
+        self.num_delivered = num_output_tokens
 
     async def settle(self, num_output_tokens: int) -> Usage:
         self.settlements.append(num_output_tokens)

@@ -93,10 +93,14 @@ def test_without_any_hold_a_receipt_is_forgotten_after_the_deadline(stage: Stage
     assert (stage.check(), stage.claims.num_held) == (0, 0)
 
 
-def test_a_voided_session_is_not_claimed(stage: Stage) -> None:
-    stage.hold_receipt()
+def test_a_void_does_not_undo_what_was_signed(stage: Stage) -> None:
+    """An honest head voids nothing that it signed for; one that does pays all the same."""
+    receipt = stage.hold_receipt()
     stage.head_writes(hold(stage), HoldVoided(session_id(1), VoidReason.FAILED))
-    assert (stage.check(), stage.claims.num_held) == (0, 0)
+    assert (stage.check(), stage.claims.num_held) == (1, 0)
+    assert stage.claimed() == [receipt]
+    assert stage.ledger.balance(stage.world.members[0]) == -receipt.amount_microcredits
+    assert sum(stage.ledger.balances().values()) == 0
 
 
 def test_a_claim_that_is_refused_does_not_stop_the_others(stage: Stage) -> None:
