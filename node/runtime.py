@@ -172,7 +172,9 @@ class NodeRuntime:
             stack.push_async_callback(self._head.close, SHUTDOWN_GRACE_S)
             door = self._open_door(listener)
             stack.callback(door.close)
-            app = create_app(self._backend(), is_strict=door.is_strict)
+            backend = self._backend()
+            self._membership.on_roster_change(backend.roster_changed)
+            app = create_app(backend, is_strict=door.is_strict)
             app.include_router(local_router(self._run_operation, lambda: self._local_token))
             self._running = self._home.announce_running(door.api_url, door.local_url)
             self._office.running = self._running

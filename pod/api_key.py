@@ -96,8 +96,8 @@ def decode_delegation(raw: bytes) -> Delegation:
 
 def _delegation_of(fields: object) -> Delegation:
     match fields:
-        case {0: 1} if len(fields) == len(_VERSION_1_PLACES):
-            known = dict(zip(_VERSION_1_PLACES, fields.values(), strict=True))
+        case {0: 1, **rest} if len(rest) == len(_VERSION_1_PLACES) - 1:
+            known = dict(zip(_VERSION_1_PLACES, (1, *rest.values()), strict=True))
             return unpack(Delegation, dict(sorted({9: 0, 10: 0, **known}.items())))
         case {0: 2}:
             return unpack(Delegation, fields)

@@ -15,12 +15,14 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from urllib.parse import urlsplit
 
 from fastapi import Request
 
 from node.gateway.backend import Backend, Caller
 from node.gateway.errors import ApiError, key_error
+from node.gateway.rate_headers import rate_headers
 
 COOKIE = "pod_login"
 LOGIN_LIFETIME_S = 12 * 3600
@@ -40,7 +42,9 @@ async def caller_of(request: Request, backend: Backend) -> Caller:
         raise key_error(
             "No API key given. Send 'Authorization: Bearer sk-pod-…'; `pod key create` makes one."
         )
-    return await authenticate(bearer, backend)
+    caller = await authenticate(bearer, backend)
+    request.state.rate_headers = partial(rate_headers, backend, caller)
+    return caller
 
 
 async def authenticate(bearer: str, backend: Backend) -> Caller:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Literal, Protocol
 
 from node.links.frames import FinishReason, Sampling
 
@@ -24,11 +24,28 @@ class KeyRefused(BackendRefusal):
 
 
 class NoRoute(BackendRefusal):
-    """503: no live nodes cover the model's layers, or none has room before the deadline."""
+    """503: no live nodes cover the model's layers, or the request can never fit."""
 
 
 class QuotaExceeded(BackendRefusal):
-    """429, not to be retried: the member's credit does not cover this request."""
+    """429, not to be retried: the pod is busy, and the member past its credit line."""
+
+
+class WaitedTooLong(BackendRefusal):
+    """429, to be retried after `retry_after_s`: there was no room for the request in time."""
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class RateLimited(BackendRefusal):
+    """429: the API key's limit per minute. To be retried after `retry_after_s`; None: it can never fit."""
+
+    def __init__(self, message: str, unit: Literal["requests", "tokens"], retry_after_s: int | None) -> None:
+        super().__init__(message)
+        self.unit = unit
+        self.retry_after_s = retry_after_s
 
 
 class GenerationFailed(BackendRefusal):
@@ -37,13 +54,31 @@ class GenerationFailed(BackendRefusal):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who pays: the member behind an API key. `models` empty means every model of the pod."""
+    """Who pays: the member behind an API key. `models` empty: every model of the pod; a limit of 0: none."""
 
     member: bytes
     member_name: str
     key_id: bytes
     delegation: bytes | None = None
     models: tuple[str, ...] = ()
+    cap_microcredits: int = 0
+    max_num_requests_per_minute: int = 0
+    max_num_tokens_per_minute: int = 0
+
+    @property
+    def has_limits(self) -> bool:
+        limits = (self.cap_microcredits, self.max_num_requests_per_minute, self.max_num_tokens_per_minute)
+        return any(limits)
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimit:
+    """One limit of a key over a sliding minute. `reset_ms`: until all of it is free if nothing more comes."""
+
+    unit: Literal["requests", "tokens"]
+    limit: int
+    remaining: int
+    reset_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +333,10 @@ class Backend(Protocol):
         """Raises `KeyRefused`. Offline: roster and signature only."""
         ...
 
+    def rate_limits(self, caller: Caller) -> Sequence[RateLimit]:
+        """The limits per minute of the caller's key, as they stand now; none if it has none."""
+        ...
+
     def may_view(self, member: bytes, key_id: bytes) -> bool:
         """Does a login made with this key still stand (member not removed, key not revoked or expired)?"""
         ...
@@ -309,8 +348,8 @@ class Backend(Protocol):
         ...
 
     async def generate(self, caller: Caller, request: GenerationRequest) -> Generation:
-        """Open a hold, choose a route, open the session. Raises `QuotaExceeded`, `NoRoute` or
-        `GenerationFailed`, and then leaves nothing open. If cancelled, likewise."""
+        """Open a hold, choose a route, open the session. Raises any of the refusals above, and then leaves
+        nothing open. If cancelled, likewise."""
         ...
 
     def dashboard(self) -> DashboardView: ...

@@ -49,12 +49,9 @@ class SessionTerms:
 
     def worst_case_microcredits(self) -> int:
         """The price if every allowed output token is made, over any route; above 0 for the smallest model."""
-        num_layers = self.manifest.num_layers
-        num_parameters = self.manifest.stage_num_parameters(0, num_layers)
-        num_prompt_tokens = self.num_charged_prompt_tokens
-        whole = price(self.rate_card, num_parameters, num_prompt_tokens, 0, self.max_num_new_tokens)
-        # Each of at most `num_layers` stages is rounded by less than one microcredit.
-        return whole + num_layers
+        return worst_case_microcredits(
+            self.rate_card, self.manifest, self.num_charged_prompt_tokens, self.max_num_new_tokens
+        )
 
     def open_frame(self, stage_index: int) -> OpenSession:
         """Prompt ids go to the first stage, only here, and to the last if it must know them to sample."""
@@ -78,3 +75,12 @@ class SessionTerms:
             prefix_hashes=self.prefix_hashes,
             max_num_draft_tokens=self.max_num_draft_tokens,
         )
+
+
+def worst_case_microcredits(
+    rate_card: RateCard, manifest: Manifest, num_prompt_tokens: int, max_num_new_tokens: int
+) -> int:
+    num_layers = manifest.num_layers
+    num_parameters = manifest.stage_num_parameters(0, num_layers)
+    # Each of at most `num_layers` stages is rounded by less than one microcredit.
+    return price(rate_card, num_parameters, num_prompt_tokens, 0, max_num_new_tokens) + num_layers

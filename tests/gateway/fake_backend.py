@@ -23,6 +23,7 @@ from node.gateway.backend import (
     ModelRow,
     ModelState,
     NodeRow,
+    RateLimit,
     RequestRow,
     RequestState,
     ShardRow,
@@ -138,6 +139,7 @@ class FakeBackend:
         self.open_hangs = False
         self.route_text = ROUTE
         self.view = example_view()
+        self.limits: tuple[RateLimit, ...] = ()
         self._watchers: set[asyncio.Event] = set()
 
     async def authenticate(self, bearer: str) -> Caller:
@@ -147,6 +149,9 @@ class FakeBackend:
         if bearer not in callers:
             raise KeyRefused("Incorrect API key provided: it is malformed.")
         return callers[bearer]
+
+    def rate_limits(self, caller: Caller) -> tuple[RateLimit, ...]:
+        return self.limits
 
     def may_view(self, member: bytes, key_id: bytes) -> bool:
         return member == ALICE.member and key_id not in self.revoked
