@@ -69,6 +69,10 @@ class PodHome:
         return self.path / "models"
 
     @property
+    def roster_file(self) -> Path:
+        return self.path / "roster.log"
+
+    @property
     def plan_file(self) -> Path:
         return self.path / "plan.cbor"
 
@@ -101,7 +105,7 @@ class PodHome:
 
     def has_pod(self) -> bool:
         """True when this directory already belongs to a pod (one directory, one pod)."""
-        return (self.path / "roster.log").exists()
+        return self.roster_file.exists()
 
     def prepare(self) -> None:
         try:

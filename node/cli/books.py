@@ -8,6 +8,7 @@ import typer
 
 from node.cli import show
 from node.cli.call import perform
+from node.cli.export import ledger_export
 from node.cli.options import AsJson
 
 ledger_app = typer.Typer(
@@ -78,3 +79,6 @@ def ledger_verify(context: typer.Context, as_json: AsJson = False) -> None:
             show.err.print(violation, markup=False)
     if not result["ok"]:
         raise typer.Exit(1)
+
+
+ledger_app.command("export")(ledger_export)
