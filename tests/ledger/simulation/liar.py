@@ -150,7 +150,7 @@ class Liar:
             self._simulation.hold(self._node, self._session(self._other())),
         ]
         if friend != self._node.member:
-            bodies.append(Transferred(self._node.member, friend, choice.randrange(1, 10**9)))
+            bodies.append(Transferred(self._node.member, friend, 10 ** choice.randrange(3, 12)))
         if isinstance(at.body, HoldSettled | HoldVoided):
             bodies = [
                 HoldVoided(at.body.session, VoidReason.NO_ROUTE),

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cache
 from hashlib import sha256
 
 import ledger.entry
 import ledger.receipt
 from ledger.entry import HoldOpened
+from ledger.rate_card import DEFAULT_RATE_CARD, RateCard
 from tests.ledger.world import FakeDirectory, Key
+
+# Periods short enough that some end within a run.
+CARD = replace(DEFAULT_RATE_CARD, dividend_period_s=1_800)
 
 MAX_NUM_REMEMBERED = 200_000
 
@@ -23,8 +28,11 @@ def key_of(name: str) -> Key:
     return Key(f"simulated {name}")
 
 
+@dataclass
 class PodDirectory(FakeDirectory):
     """Charging another member's account takes the proof that its API key was shown to this very node."""
+
+    cards: dict[int, RateCard] = field(default_factory=lambda: {1: CARD})
 
     def may_charge(self, node: bytes, hold: HoldOpened) -> bool:
         return hold.payer in self.members.values() and hold.authorization == shown_key(node, hold)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ledger import sync
 from ledger.entry import (
+    TREASURY,
     AccountOpened,
     Body,
     Disputed,
@@ -28,7 +29,6 @@ from ledger.entry import (
 )
 from ledger.journal import JournalError
 from ledger.ledger import LedgerError
-from ledger.rate_card import DEFAULT_RATE_CARD
 from ledger.receipt import (
     Dispute,
     Receipt,
@@ -47,7 +47,7 @@ from tests.ledger.simulation.durable import Crash, Died, Disk
 from tests.ledger.simulation.liar import Liar
 from tests.ledger.simulation.network import Message, Network
 from tests.ledger.simulation.node import Session, SimulatedNode
-from tests.ledger.simulation.people import PodDirectory, key_of, shown_key
+from tests.ledger.simulation.people import CARD, PodDirectory, key_of, shown_key
 from tests.ledger.simulation.truth import Truth, Work
 from tests.ledger.world import KEY, MODEL, NUM_PARAMETERS, POD, START_MS
 
@@ -326,8 +326,11 @@ class Simulation:
             self._append(node, Issued(self.choice.randrange(1, 10**9)))
             return
         target = self.choice.choice(self.nodes).member
+        if node.number == 0 and self.choice.random() < 0.5:
+            self._append(node, Transferred(TREASURY, target, self.choice.randrange(1, 10**9)))
+            return
         if target != node.member:
-            self._append(node, Transferred(node.member, target, self.choice.randrange(1, 10**6)))
+            self._append(node, Transferred(node.member, target, 10 ** self.choice.randrange(1, 10)))
 
     def _split_network(self, _: SimulatedNode) -> None:
         self.network.split()
@@ -409,7 +412,7 @@ class Simulation:
             start_layer=receipt.start_layer,
             end_layer=receipt.end_layer,
             num_parameters=NUM_PARAMETERS,
-            rate_card=DEFAULT_RATE_CARD,
+            rate_card=CARD,
             num_prompt_tokens=work.num_prompt_tokens,
             num_cached_tokens=work.num_cached_tokens,
             num_output_tokens=work.num_output_tokens,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ledger.rate_card import DEFAULT_RATE_CARD, price
+from ledger.rate_card import price
+from tests.ledger.simulation.people import CARD
 from tests.ledger.world import NUM_PARAMETERS
 
 # (head, session, stage index, stage)
@@ -19,7 +20,7 @@ class Work:
 
     def price(self) -> int:
         return price(
-            DEFAULT_RATE_CARD,
+            CARD,
             NUM_PARAMETERS,
             self.num_prompt_tokens,
             self.num_cached_tokens,
