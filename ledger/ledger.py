@@ -241,6 +241,11 @@ class Ledger:
             chain = self._chains.get(author)
             return chain is not None and chain.is_forked
 
+    def frozen_authors(self) -> frozenset[bytes]:
+        """All of whom two histories are here, each with its proof in `forks`."""
+        with self._lock:
+            return frozenset(author for author, chain in self._chains.items() if chain.is_forked)
+
     # Reading
 
     def balances(self) -> dict[bytes, int]:
