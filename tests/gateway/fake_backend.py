@@ -38,12 +38,15 @@ VOCAB_SIZE = 257
 KEY = "sk-pod-alice"
 REVOKED_KEY = "sk-pod-revoked"
 NARROW_KEY = "sk-pod-narrow"
+LIMITED_KEY = "sk-pod-limited"
+LIMITED_TOKENS = 50
 MODEL = "tiny"
 OTHER_MODEL = "org/other"
 CONTEXT_TOKENS = 400
 ROUTE = "ada[0:2),bo[2:4)"
 ALICE = Caller(b"A" * 32, "alice", b"k" * 16)
 NARROW = replace(ALICE, key_id=b"n" * 16, models=(OTHER_MODEL,))
+LIMITED = replace(ALICE, key_id=b"l" * 16, max_num_tokens_per_minute=LIMITED_TOKENS)
 
 
 class ByteTokenizer:
@@ -143,7 +146,7 @@ class FakeBackend:
         self._watchers: set[asyncio.Event] = set()
 
     async def authenticate(self, bearer: str) -> Caller:
-        callers = {KEY: ALICE, NARROW_KEY: NARROW}
+        callers = {KEY: ALICE, NARROW_KEY: NARROW, LIMITED_KEY: LIMITED}
         if bearer == REVOKED_KEY:
             raise KeyRefused("Incorrect API key provided: it was revoked.")
         if bearer not in callers:
