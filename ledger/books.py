@@ -388,14 +388,15 @@ class Books:
 
     def recent_sessions(self, limit: int, now_ms: int) -> list[SessionSummary]:
         """The sessions opened last, newest first; those a clock far ahead of ours dates come last."""
-        self._sort_recent()
+        self.sort_recent()
         num_dated = bisect_right(self._recent, (now_ms + MAX_CLOCK_SKEW_MS + 1,))
         places = itertools.chain(range(num_dated)[::-1], range(num_dated, len(self._recent))[::-1])
         newest = (self._recent[place] for place in itertools.islice(places, max(limit, 0)))
         found = (self.session(head, session, now_ms) for _, head, session in newest)
         return [summary for summary in found if summary is not None]
 
-    def _sort_recent(self) -> None:
+    def sort_recent(self) -> None:
+        """What the next question about recent sessions needs; worth doing early after many entries."""
         if len(self._undated) > _MAX_NUM_INSERTED:
             self._recent += self._undated
             self._recent.sort()

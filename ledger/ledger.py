@@ -101,6 +101,7 @@ class Ledger:
                 self._books.apply(decode_entry(record.raw, was_checked=True))
             except (EntryError, UnknownPartyError):
                 self._num_not_applied += 1
+        self._books.sort_recent()
 
     def rebuild(self) -> None:
         """Make the books anew from the journal, e.g. after the directory learned of more nodes."""

@@ -29,6 +29,7 @@ _POD_FILES = (
     "peers.json",
     "plan.cbor",
     "database",
+    "restored",
     "ledger.sqlite*",
     "node.log*",
     "engine.log",
@@ -113,6 +114,33 @@ class PodHome:
             self.models_dir.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot use {self.path} as {HOME_VARIABLE}: {error.strerror}") from None
+
+    def identity_files(self) -> list[Path]:
+        """The files without which this node is nobody: what a backup holds beside the journal."""
+        found = [self.roster_file, *sorted(self.keys_dir.glob("*")), self.path / "peers.json"]
+        return [path for path in found if path.is_file()]
+
+    @property
+    def is_restored(self) -> bool:
+        """From a backup, and its node has not begun a new journal yet."""
+        return self._restored_file.exists()
+
+    def mark_restored(self, restored: bool = True) -> None:
+        if restored:
+            self._write_private(self._restored_file, "")
+        else:
+            self._restored_file.unlink(missing_ok=True)
+
+    @property
+    def _restored_file(self) -> Path:
+        return self.path / "restored"
+
+    def take_over(self, other: PodHome) -> None:
+        """Move all of another directory's pod here, where none is. It counts once the roster is here."""
+        self.forget_pod()
+        own = other._own_files()
+        for path in sorted(own, key=lambda path: path == other.roster_file):
+            path.rename(self.path / path.name)
 
     def aside_dir(self) -> Path:
         """Where `set_aside` will put what is here now."""

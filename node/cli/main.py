@@ -10,6 +10,7 @@ import typer
 
 from node.cli import show
 from node.cli.authority import ca, https_text
+from node.cli.backup import backup, restore
 from node.cli.books import ledger_app
 from node.cli.call import Json, perform, require_pod, this_home, wait_until_stopped
 from node.cli.keys import key_app
@@ -29,6 +30,7 @@ from node.cli.options import (
     HiddenBits,
     InsecureHttp,
     Listen,
+    MaxSessions,
     MemberName,
     Memory,
     NodeName,
@@ -39,6 +41,7 @@ from node.cli.options import (
     node_settings,
 )
 from node.cli.times import times_tables
+from node.cli.treasury import transfer, treasury_app
 from node.errors import UserError
 from node.settings import (
     DEFAULT_API_ADDRESS,
@@ -59,7 +62,12 @@ app.add_typer(model_app, name="model")
 app.add_typer(key_app, name="key")
 app.add_typer(members_app, name="members")
 app.add_typer(ledger_app, name="ledger")
+app.add_typer(treasury_app, name="treasury")
+# A negative amount is refused in our words, not taken for an option.
+app.command("transfer", context_settings={"ignore_unknown_options": True})(transfer)
 app.command("models")(models)
+app.command("backup")(backup)
+app.command("restore")(restore)
 app.command("ca")(ca)
 
 
@@ -159,6 +167,7 @@ def join(
     tls_key: TlsKey = None,
     insecure_http: InsecureHttp = False,
     database: Database = None,
+    max_sessions: MaxSessions = None,
     as_json: AsJson = False,
 ) -> None:
     """Join a pod with an invite, then run this machine's node in the foreground."""
@@ -183,6 +192,7 @@ def join(
         tls_key,
         insecure_http,
         database,
+        max_sessions,
     )
     home = this_home()
     result = join_pod(home, invite, member or _login_name(), node_name or machine_name(), settings)
@@ -212,6 +222,7 @@ def up(
     tls_key: TlsKey = None,
     insecure_http: InsecureHttp = False,
     database: Database = None,
+    max_sessions: MaxSessions = None,
     as_json: AsJson = False,
 ) -> None:
     """Run this machine's node in the foreground until Ctrl-C."""
@@ -237,6 +248,7 @@ def up(
         tls_key,
         insecure_http,
         database,
+        max_sessions,
     )
     run_node(home, settings, as_json)
 
