@@ -47,6 +47,7 @@ from node.pod_state import PodState
 from node.serving import Serving
 from node.sessions.head import Head
 from node.settings import NodeSettings, split_address
+from node.standings import Standings
 from node.status import NodeStatus
 from node.tls.authority import Authority
 from node.tls.front_door import FrontDoor
@@ -58,6 +59,7 @@ from pod.roster.roster import Roster
 log = logging.getLogger(__name__)
 
 ADVERTISE_DEBOUNCE_S = 0.2
+STANDINGS_DEBOUNCE_S = 1.0
 FILES_CHECK_EVERY_S = 5.0
 CLAIMS_CHECK_EVERY_S = 30.0
 ENGINE_RETRY_S = 30.0
@@ -86,6 +88,7 @@ class NodeRuntime:
         self._changes = Changes()
         self._status_due = asyncio.Event()
         self._files_due = asyncio.Event()
+        self._standings_due = asyncio.Event()
         self._running: RunningNode | None = None
         self._engine: EngineClient | None = None
         # Set before it is ready: a node that is told to stop while it starts must leave no engine behind.
@@ -118,6 +121,7 @@ class NodeRuntime:
         self._book = PlanBook(self._home.plan_file, self._may_plan, self._plan_changed)
         self._state.plan_book = self._book
         self._planner = Planner(node, self._state, self._book, self._membership.node_key.sign)
+        self._standings = Standings(node, self._ledger, lambda: self._membership.roster, wall_clock_ms)
         self._links = HeadLinks(self._membership.node_key, self._membership.pod)
         self._head = Head(
             pod=self._membership.pod,
@@ -128,6 +132,9 @@ class NodeRuntime:
             find_route=self._state.find_route,
             clock_ms=wall_clock_ms,
             max_num_draft_tokens=MAX_NUM_DRAFT_TOKENS if self._settings.speculation else 0,
+            weight_of=self._standings.weight_of,
+            own_member=self._standings.own_member,
+            check_credit=self._standings.check_credit,
         )
         self._claims = Claims(self._ledger)
         self._authority = Authority(self._membership, self._home.keys_dir, wall_clock_ms)
@@ -238,7 +245,8 @@ class NodeRuntime:
     @contextlib.asynccontextmanager
     async def _membership_running(self) -> AsyncIterator[None]:
         membership, settings = self._membership, self._settings
-        channel = LedgerChannel(self._ledger, self._changes.tell)
+        channel = LedgerChannel(self._ledger, self._entries_came)
+        channel.on_fork = self._author_froze
         membership.add_replicated(channel)
         membership.add_replicated(self._book)
         membership.handle(BUNDLE_KIND, self._catalogue.answer_bundle)
@@ -274,15 +282,24 @@ class NodeRuntime:
 
     def _roster_changed(self, roster: Roster) -> None:
         self._catalogue.set_deployed(roster.models)
-        self._links.set_trust(roster.certificates())
+        self._state.frozen = self._ledger.ledger.frozen_authors()
+        self._links.set_trust(self._trusted())
         if self._engine is not None:
-            self._spawn(self._trust_engine(self._engine, roster.certificates()))
+            self._spawn(self._trust_engine(self._engine, self._trusted()))
             if (cards := self._state.recent_rate_cards()) != self._told_cards:
                 self._spawn(self._tell_rate_cards(self._engine, cards))
         self._files_due.set()
         self._status_due.set()
         self._wake_door()
         self._wake()
+
+    def _author_froze(self) -> None:
+        self._roster_changed(self._membership.roster)
+
+    def _trusted(self) -> tuple[bytes, ...]:
+        """Certificates of those who may open sessions here and serve ours: the roster's, but of frozen nodes."""
+        nodes = self._membership.roster.nodes.values()
+        return tuple(node.certificate_der for node in nodes if node.id not in self._state.frozen)
 
     def _peer_changed(self, _node: bytes, _live: bool) -> None:
         self._wake_door()
@@ -301,6 +318,10 @@ class NodeRuntime:
 
     def _ledger_changed(self) -> None:
         self._membership.changed()
+        self._entries_came()
+
+    def _entries_came(self) -> None:
+        self._standings_due.set()
         self._changes.tell()
 
     def _shards_changed(self) -> None:
@@ -351,6 +372,7 @@ class NodeRuntime:
         self._spawn(self._find_files())
         if self._door is not None:
             self._spawn(self._door.keep())
+        self._spawn(self._keep_standings())
         if self._serves:
             self._spawn(self._serve())
 
@@ -444,7 +466,7 @@ class NodeRuntime:
                 self._status_due.set()
                 await asyncio.sleep(ENGINE_RETRY_S)
         self._engine, self._engine_problem = engine, ""
-        await self._trust_engine(engine, self._membership.roster.certificates())
+        await self._trust_engine(engine, self._trusted())
         await self._tell_rate_cards(engine, self._state.recent_rate_cards())
         self._serving = Serving(
             self._membership.node_id, engine, self._catalogue, self._state, self._book, self._shards_changed
@@ -463,10 +485,26 @@ class NodeRuntime:
             log_path=self._home.path / "engine.log",
             compile_dir=self._home.path / "compiled" if self._settings.compile else None,
             hidden_bits=self._settings.hidden_bits,
+            max_num_sessions=self._settings.max_num_sessions,
         )
+
+    async def _keep_standings(self) -> None:
+        """Weigh the members anew whenever balances changed, several changes at once."""
+        said: tuple[MemberStanding, ...] = ()
+        while True:
+            self._standings_due.clear()
+            standings = await self._standings.refresh()
+            if self._engine is not None and standings != said:
+                with contextlib.suppress(EngineError):
+                    await self._engine.set_standings(standings)
+                    said = standings
+            await asyncio.sleep(STANDINGS_DEBOUNCE_S)
+            await self._standings_due.wait()
 
     async def _trust_engine(self, engine: EngineClient, certificates: tuple[bytes, ...]) -> None:
         try:
+            # First, so that who may come is never a stranger to the queue.
+            await engine.set_standings(await self._standings.refresh())
             await engine.set_trust(certificates)
         except EngineError as error:
             # A restarting engine is given the newest certificates when it is back.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 PER_MILLE = 1_000
 MAX_NUM_MEMBERS = 4096
+_SCALE = 1_000
 
 
 class TokenCounter:
@@ -25,12 +26,13 @@ class TokenCounter:
         self._last_served = b""
 
     def count(self, member: bytes) -> int:
+        """In thousandths of the unit of costs, at full weight."""
         return self._counts.get(member, 0)
 
     def charge(self, member: bytes, cost: int) -> None:
         """`cost` was computed for the member, in units of whoever keeps the counter."""
         weight = max(1, min(PER_MILLE, self._weight_of(member)))
-        self._counts[member] = self.count(member) + cost * PER_MILLE // weight
+        self._counts[member] = self.count(member) + cost * _SCALE * PER_MILLE // weight
         self._last_served = member
         if len(self._counts) > self._max_num_members:
             self._forget_lowest()
@@ -43,8 +45,9 @@ class TokenCounter:
         """
         counts = [self.count(other) for other in others if other != member]
         level = min(counts) if counts else self.count(self._last_served)
-        if level - max_lag > self.count(member):
-            self._counts[member] = level - max_lag
+        level -= max_lag * _SCALE
+        if level > self.count(member):
+            self._counts[member] = level
 
     def _forget_lowest(self) -> None:
         """Half of them: they come back as members that were idle do."""

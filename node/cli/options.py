@@ -153,6 +153,18 @@ InsecureHttp = Annotated[
     ),
 ]
 
+MaxSessions = Annotated[
+    int | None,
+    typer.Option(
+        "--max-sessions",
+        envvar="POD_MAX_SESSIONS",
+        min=1,
+        max=4096,
+        metavar="N",
+        help="How many requests run at once on this node's layers (default: as many as its memory holds).",
+    ),
+]
+
 
 def node_settings(
     api: str,
@@ -172,6 +184,7 @@ def node_settings(
     tls_key: Path | None = None,
     insecure_http: bool = False,
     database: str | None = None,
+    max_num_sessions: int | None = None,
 ) -> NodeSettings:
     if device not in DEVICES:
         raise UserError(f"--device must be one of {', '.join(DEVICES)} (got {device!r})")
@@ -205,4 +218,5 @@ def node_settings(
         tls_key=tls_key or tls_cert,
         insecure_http=insecure_http,
         database=database,
+        max_num_sessions=max_num_sessions,
     )

@@ -19,9 +19,10 @@ from node.engine.dialler import Dial, Dialler
 from node.engine.endings import Endings
 from node.engine.events import EngineEvent, ReceiptHeld
 from node.engine.hidden_rows import are_finite, rows_tensor
-from node.engine.opening import Refusal, packed_ids
+from node.engine.opening import NoRoom, Refusal, packed_ids
 from node.engine.session import BadFrame, StageSession
 from node.engine.session_book import SessionBook
+from node.engine.waiting_room import WaitingRoom
 from node.links.frames import (
     CloseSession,
     ErrorCode,
@@ -67,6 +68,7 @@ class Arrivals:
         self._sign = sign
         self._on_event = on_event
         self._clock_ms = clock_ms
+        self._waiting_room = WaitingRoom()
 
     def frame(self, peer: bytes, frame: Frame) -> None:
         match frame:
@@ -82,6 +84,8 @@ class Arrivals:
                 session = self._book.sessions.get(frame.session)
                 if session is not None and session.head == peer:
                     self._head_said(session, frame)
+                elif isinstance(frame, CloseSession):
+                    self._waiting_room.remove(peer, frame.session)
             case _:
                 log.warning("a %s is nothing a stage takes", type(frame).__name__)
 
@@ -163,13 +167,18 @@ class Arrivals:
             self._book.set_deadline(session, session.end_ms)
 
     def _open(self, peer: bytes, opening: OpenSession) -> None:
-        if opening.session in self._book.sessions:
+        if opening.session in self._book.sessions or opening.session in self._waiting_room:
             return
         try:
-            session = self._admission.admit(peer, opening)
+            self._endings.unpaid.check(peer, opening)
+            candidate = self._admission.check(peer, opening)
+            session = self._admission.take(candidate)
+        except NoRoom as refusal:
+            if not self._waiting_room.add(candidate, self._clock_ms()):
+                self._refuse(opening, refusal)
+            return
         except Refusal as refusal:
-            error = SessionError(opening.session, opening.stage_index, refusal.code, str(refusal))
-            self._endings.send_to_head(peer, error)
+            self._refuse(opening, refusal, peer)
             return
         self._opened(session)
 
@@ -270,6 +279,7 @@ class Arrivals:
                 self._endings.set_aside(session, ErrorCode.NEXT_HOP_UNREACHABLE, message)
 
     def head_down(self, head: bytes, reason: str) -> None:
+        self._waiting_room.remove(head)
         for session in list(self._book.sessions.values()):
             if session.head == head:
                 self._endings.forget(session, f"the head is gone: {reason}")

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ledger.entry import HoldOpened
 from ledger.rate_card import RateCard, price
 from node.links.frames import OpenSession, Sampling, Stage
 from node.models.manifest import Manifest
+
+# The hold outlives the session, so that a stage never works against an expired one.
+HOLD_GRACE_S = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +21,8 @@ class SessionTerms:
     """`deadline_ms` is wall-clock: after it every stage may forget the session and the hold expires.
 
     Of a replay, the last `num_output_tokens_before` prompt ids are output of earlier attempts. Those were
-    paid for with the prompt: this one charges only for what is new.
+    paid for with the prompt: this one charges only for what is new. `authorization` is the payer's signature
+    under the hold; empty when the head's own member pays.
     """
 
     session: bytes
@@ -34,6 +39,7 @@ class SessionTerms:
     num_output_tokens_before: int = 0
     prefix_hashes: tuple[bytes, ...] = ()
     max_num_draft_tokens: int = 0
+    authorization: bytes = b""
 
     @property
     def is_replay(self) -> bool:
@@ -51,6 +57,18 @@ class SessionTerms:
         """The price if every allowed output token is made, over any route; above 0 for the smallest model."""
         return worst_case_microcredits(
             self.rate_card, self.manifest, self.num_charged_prompt_tokens, self.max_num_new_tokens
+        )
+
+    def hold(self) -> HoldOpened:
+        return HoldOpened(
+            session=self.session,
+            payer=self.payer,
+            key_id=self.key_id,
+            model=self.model,
+            amount_microcredits=self.worst_case_microcredits(),
+            expires_at_ms=self.deadline_ms + HOLD_GRACE_S * 1000,
+            rate_card_version=self.rate_card.version,
+            authorization=self.authorization,
         )
 
     def open_frame(self, stage_index: int) -> OpenSession:
@@ -74,6 +92,7 @@ class SessionTerms:
             prompt_ids=self.prompt_ids if stage_index == 0 or last_needs_ids else (),
             prefix_hashes=self.prefix_hashes,
             max_num_draft_tokens=self.max_num_draft_tokens,
+            authorization=self.authorization,
         )
 
 
