@@ -17,7 +17,6 @@ from pod.roster.policies import Policy
 from pod.roster.roster import Roster
 
 
-
 def rate_card_of(roster: Roster) -> RateCard:
     """The one in force: new requests are priced by it."""
     card, _ = policy_in_force(roster)

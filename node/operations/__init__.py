@@ -12,7 +12,7 @@ from ledger.journal import JournalError
 from ledger.ledger import LedgerError
 from node.errors import UserError
 from node.office import Office
-from node.operations import authority, keys, ledger, members, models, status
+from node.operations import authority, keys, ledger, members, models, status, treasury
 from node.operations.arguments import Arguments, Operation, Result, TellProgress
 from pod.address import AddressError
 from pod.membership import MembershipError
@@ -33,6 +33,9 @@ OPERATIONS: Mapping[str, Operation] = {
     "key_create": keys.key_create,
     "key_list": keys.key_list,
     "key_revoke": keys.key_revoke,
+    "treasury": treasury.treasury,
+    "treasury_set": treasury.treasury_set,
+    "transfer": treasury.transfer,
     "leave": members.leave,
     "ca": authority.ca,
 }
