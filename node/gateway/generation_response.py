@@ -21,7 +21,6 @@ from node.gateway.backend import (
     Backend,
     BackendRefusal,
     Caller,
-    GenerationFailed,
     GenerationRequest,
     TextTokenizer,
 )
@@ -88,7 +87,7 @@ class GenerationResponse(Response):
         pairs = zip(deliveries, choices, strict=True)
         try:
             await together([_collect(delivery, choice) for delivery, choice in pairs])
-        except GenerationFailed:
+        except BackendRefusal:
             # The answer never leaves, so nothing of it was delivered.
             for delivery in deliveries:
                 delivery.num_delivered = 0

@@ -93,7 +93,6 @@ class Ring:
         self.events: list[EngineEvent] = []
         self.heard: dict[bytes, Heard] = {}
         self._lock = threading.Lock()
-        # Sessions whose first token is signed for, as an honest head does.
         self._to_sign: dict[bytes, OpenSession] = {}
         self._session_ids = (hashlib.sha256(bytes([n])).digest()[:16] for n in itertools.count())
         self.head_key = KeyPair.of_seed(bytes([255]) * 32)
@@ -204,7 +203,8 @@ class Ring:
         """All prompts at once; their output tokens. Sessions are closed afterwards."""
         chosen = samplings if len(samplings) == len(prompts) else (samplings or (GREEDY,)) * len(prompts)
         openings = [self.opening(prompt, one) for prompt, one in zip(prompts, chosen, strict=True)]
-        self._to_sign |= {opening.session: opening for opening in openings}
+        for opening in openings:
+            self.sign_for(opening)
         heards = [self.open(opening) for opening in openings]
         for opening in openings:
             self.start(opening)
@@ -248,6 +248,10 @@ class Ring:
     def send_receipt(self, receipt: Receipt) -> None:
         signed = sign_as_head(receipt, self.head_key.sign)
         self.head.send(receipt.stage, SignReceipt(receipt.session, signed.encode()))
+
+    def sign_for(self, opening: OpenSession) -> None:
+        """As an honest head does, at the first token: for without it a stage soon stops."""
+        self._to_sign[opening.session] = opening
 
     def _sign_first(self, session: bytes) -> None:
         opening = self._to_sign.pop(session, None)

@@ -116,11 +116,11 @@ class Links:
 class Pod:
     """Node 0 is the head; nodes 1 and 2 are the stages of a route over two layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, url: str = MEMORY_URL) -> None:
         self.world = World()
         self.first, self.last = FakeStage(1), FakeStage(2)
         self.links = Links(self.world, [self.first, self.last])
-        self.ledger: Ledger = self.world.ledger(0, MEMORY_URL)
+        self.ledger: Ledger = self.world.ledger(0, url)
         self.thread = LedgerThread(self.ledger)
         self.head = Head(
             pod=POD,
