@@ -13,7 +13,7 @@ from functools import partial
 
 from ledger.entry import ISSUANCE, TREASURY
 from ledger.session_record import SessionState
-from node.books_view import account_rows, member_name, model_name, node_name, session_route_text
+from node.books_view import account_rows, frozen_names, member_name, model_name, node_name, session_route_text
 from node.catalogue import Catalogue, Entry
 from node.changes import Changes
 from node.gateway.backend import (
@@ -90,7 +90,8 @@ class NodeBackend:
 
     async def authenticate(self, bearer: str) -> Caller:
         roster = self._state.roster
-        if hmac.compare_digest(bearer.encode(), self._local_token().encode()):
+        local_token = self._local_token()
+        if local_token and hmac.compare_digest(bearer.encode(), local_token.encode()):
             member = roster.member_of_node(self._node)
             if member is None:
                 raise KeyRefused("this node is no longer in the pod")
@@ -262,7 +263,12 @@ class NodeBackend:
             nodes=self._node_rows(),
             models=tuple(self._model_row(entry) for entry in self._catalogue.entries()),
             requests=self._request_rows(),
-            ledger=LedgerState(ledger.num_entries(), len(ledger.heads()), ledger.digest()),
+            ledger=LedgerState(
+                ledger.num_entries(),
+                len(ledger.heads()),
+                ledger.digest(),
+                frozen=tuple(frozen_names(ledger, roster)),
+            ),
             stage_seconds=stage_seconds(self._state),
         )
 

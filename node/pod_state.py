@@ -62,6 +62,8 @@ class PodState:
         self._routes: dict[bytes, tuple[Stage, ...] | NoRoute] = {}
         self.plan_book: PlanBook | None = None
         self.timings = Timings()
+        # Nodes that signed two histories: no work goes to them.
+        self.frozen: frozenset[bytes] = frozenset()
 
     def changed(self) -> None:
         """Roster, adverts, liveness, files or plan are others now: what was worked out from them is void."""
@@ -103,7 +105,7 @@ class PodState:
     def view(self) -> View:
         """What placement and routing decide on."""
         if self._view is None:
-            self._view = self._build_view(self.live())
+            self._view = self._build_view(self.live() - self.frozen)
         return self._view
 
     def _build_view(self, live: frozenset[bytes]) -> View:
@@ -115,7 +117,7 @@ class PodState:
         try:
             if not avoided:
                 return self._route(model)
-            return route(self._build_view(self.live() - avoided), model, prefer_node=self._node)
+            return route(self._build_view(self.live() - self.frozen - avoided), model, prefer_node=self._node)
         except NoRoute as error:
             raise GatewayNoRoute(error.reason) from None
 

@@ -77,6 +77,8 @@ def ledger_verify(context: typer.Context, as_json: AsJson = False) -> None:
     else:
         for violation in result["violations"]:
             show.err.print(violation, markup=False)
+        for name in result["frozen"]:
+            show.err.print(f"frozen: {name} signed two histories", markup=False)
     if not result["ok"]:
         raise typer.Exit(1)
 

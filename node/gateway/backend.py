@@ -294,13 +294,17 @@ class RequestRow:
 
 @dataclass(frozen=True, slots=True)
 class LedgerState:
-    """`num_violations` None: not audited yet. `digest` is equal on nodes with the same entries."""
+    """`num_violations` None: not audited yet. `digest` is equal on nodes with the same entries.
+
+    `frozen`: names of nodes that signed two histories.
+    """
 
     num_entries: int
     num_heads: int
     digest: bytes
     num_violations: int | None = None
     first_violation: str = ""
+    frozen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

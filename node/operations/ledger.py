@@ -7,6 +7,7 @@ import asyncio
 from node.books_view import (
     AccountRow,
     account_rows,
+    frozen_names,
     member_name,
     model_name,
     session_route_text,
@@ -58,10 +59,12 @@ async def ledger(office: Office, _arguments: Arguments, _tell: TellProgress) -> 
 async def ledger_verify(office: Office, _arguments: Arguments, _tell: TellProgress) -> Result:
     books = office.ledger.ledger
     violations = await asyncio.to_thread(books.verify)
+    roster = office.membership.roster
     total = sum(books.balances().values())
     return {
         "ok": not violations and total == 0,
         "num_entries": books.num_entries(),
         "sum_microcredits": total,
         "violations": [str(violation) for violation in violations],
+        "frozen": frozen_names(books, roster),
     }
