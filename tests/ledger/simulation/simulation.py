@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ledger import sync
@@ -79,7 +80,8 @@ class Simulation:
         self.now_ms = START_MS
         self.truth = Truth()
         self.trace: list[str] = []
-        self.num_writes = 0
+        # Whose write each was, in order.
+        self.writers: list[int] = []
         self._plan = plan
         num_nodes = choice.choice(NUM_NODES)
         num_nodes = plan.num_nodes or num_nodes
@@ -96,7 +98,7 @@ class Simulation:
         skews_ms = [choice.randrange(-MAX_SKEW_MS, MAX_SKEW_MS) for _ in keys]
         disks = [Disk(plan.folder if number == 0 else None) for number in range(num_nodes)]
         self.nodes = [
-            SimulatedNode(number, *parts, self.directory, lambda: self.now_ms, self._crash)
+            SimulatedNode(number, *parts, self.directory, lambda: self.now_ms, partial(self._crash, number))
             for number, parts in enumerate(zip(keys, members, skews_ms, disks, strict=True))
         ]
         num_liars = choice.choice([0, 1, 1, num_nodes // 4, num_nodes // 3])
@@ -177,11 +179,11 @@ class Simulation:
             except (Died, JournalError):
                 continue
 
-    def _crash(self) -> Crash | None:
-        self.num_writes += 1
+    def _crash(self, node: int) -> Crash | None:
+        self.writers.append(node)
         if self._plan.crash_at is not None:
             at, crash = self._plan.crash_at
-            return crash if self.num_writes == at else None
+            return crash if len(self.writers) == at else None
         if self._crash_rate and self.choice.random() < self._crash_rate:
             return self.choice.choice(list(Crash))
         return None

@@ -85,31 +85,32 @@ def test_honest_nodes_end_equal_whatever_happens(seeds: list[int], tmp_path: Pat
             raise
 
 
-def crash_points() -> Iterator[tuple[int, Crash]]:
-    """Every write of one small run, and three ways to die of it."""
-    num_writes = run(Plan(CRASH_SEED, crash_at=(0, Crash.AFTER), **CRASH_SHAPE)).num_writes
-    assert num_writes > 20
-    for number in range(1, num_writes + 1):
+def crash_points() -> Iterator[tuple[int, int, Crash]]:
+    """Every write of one small run, whose it is, and the ways to fail in it."""
+    writers = run(Plan(CRASH_SEED, crash_at=(0, Crash.AFTER), **CRASH_SHAPE)).writers
+    assert len(writers) > 20
+    for number, writer in enumerate(writers, start=1):
         for crash in Crash:
-            yield number, crash
+            yield number, writer, crash
 
 
 def test_a_crash_at_every_write_loses_nothing_and_leaves_nothing_half_done() -> None:
     num_crashes = 0
-    for point in crash_points():
-        num_crashes += run(Plan(CRASH_SEED, crash_at=point, **CRASH_SHAPE)).truth.num_crashes
+    for number, _, crash in crash_points():
+        num_crashes += run(Plan(CRASH_SEED, crash_at=(number, crash), **CRASH_SHAPE)).truth.num_crashes
     assert num_crashes > 60
 
 
 def test_a_crash_at_every_write_to_a_database(tmp_path: Path) -> None:
     """Power fails with a transaction open in the file: the next life finds all of it or nothing."""
     num_crashes = 0
-    for number, crash in crash_points():
-        folder = tmp_path / f"{number}{crash.value}"
-        folder.mkdir()
-        plan = Plan(CRASH_SEED, crash_at=(number, crash), folder=folder, **CRASH_SHAPE)
-        num_crashes += run(plan).truth.num_crashes
-    assert num_crashes > 60
+    for number, writer, crash in crash_points():
+        if writer == 0:
+            folder = tmp_path / f"{number} {crash.value}"
+            folder.mkdir()
+            plan = Plan(CRASH_SEED, crash_at=(number, crash), folder=folder, **CRASH_SHAPE)
+            num_crashes += run(plan).truth.num_crashes
+    assert num_crashes > 10
 
 
 def test_the_same_seed_does_the_same() -> None:
