@@ -50,6 +50,14 @@ def share_text(per_mille: int) -> str:
     return f"{whole}.{rest}%" if rest else f"{whole}%"
 
 
+def period_text(period_s: int) -> str:
+    """`7d`, `36h`, `90s`: as `parse_duration_s` reads it."""
+    for unit, size_s in (("d", 86_400), ("h", 3_600), ("m", 60)):
+        if period_s % size_s == 0:
+            return f"{period_s // size_s}{unit}"
+    return f"{period_s}s"
+
+
 def _decimal(text: str, unit: int, most: int, hint: str) -> int:
     match = re.fullmatch(r"(\d+)(?:\.(\d+))?", text, re.ASCII)
     if match is None or len(text) > _MAX_NUM_CHARS:

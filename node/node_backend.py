@@ -33,6 +33,7 @@ from node.gateway.backend import (
     RequestState,
     ShardRow,
     TextTokenizer,
+    TreasuryState,
 )
 from node.generation import Generation
 from node.key_gate import KeyGate
@@ -260,6 +261,7 @@ class NodeBackend:
             ),
             treasury_microcredits=pots[TREASURY],
             issuance_microcredits=pots[ISSUANCE],
+            treasury=self._treasury(),
             nodes=self._node_rows(),
             models=tuple(self._model_row(entry) for entry in self._catalogue.entries()),
             requests=self._request_rows(),
@@ -270,6 +272,20 @@ class NodeBackend:
                 frozen=tuple(frozen_names(ledger, roster)),
             ),
             stage_seconds=stage_seconds(self._state),
+        )
+
+    def _treasury(self) -> TreasuryState:
+        card, totals = self._state.rate_card(), self._ledger.ledger.treasury()
+        return TreasuryState(
+            policy_name=card.name,
+            levy_per_mille=card.levy_per_mille,
+            dividend_per_mille=card.dividend_per_mille,
+            dividend_period_s=card.dividend_period_s,
+            credit_line_microcredits=card.credit_line_microcredits,
+            levied_microcredits=totals.levied_microcredits,
+            granted_microcredits=totals.granted_microcredits,
+            dividends_paid_microcredits=totals.dividends_paid_microcredits,
+            dividends_due_microcredits=totals.dividends_due_microcredits,
         )
 
     def _node_rows(self) -> tuple[NodeRow, ...]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from node.amounts import credits_text, share_text
+from node.amounts import credits_text, period_text, share_text
 from node.cli import show
 from node.cli.call import perform
 from node.cli.options import AsJson
@@ -72,7 +72,7 @@ def _print_policy(policy: Any) -> None:
             (
                 "dividends",
                 f"{share_text(policy['dividend_per_mille'])} of the levy, "
-                f"every {_period_text(policy['dividend_period_s'])}",
+                f"every {period_text(policy['dividend_period_s'])}",
             ),
             ("floor", f"{share_text(policy['floor_per_mille'])} of the highest weight in the queue"),
         ],
@@ -82,13 +82,6 @@ def _print_policy(policy: Any) -> None:
 def _weights_text(policy: Any) -> str:
     names = ("prompt", "cached", "output")
     return ", ".join(f"{name} {policy[f'{name}_weight_per_mille'] / 1000:g}" for name in names)
-
-
-def _period_text(period_s: int) -> str:
-    for unit, size_s in (("d", 86_400), ("h", 3_600), ("m", 60)):
-        if period_s % size_s == 0:
-            return f"{period_s // size_s}{unit}"
-    return f"{period_s}s"
 
 
 def _option(name: str, metavar: str, help: str) -> Any:

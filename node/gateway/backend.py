@@ -308,6 +308,24 @@ class LedgerState:
 
 
 @dataclass(frozen=True, slots=True)
+class TreasuryState:
+    """The policy in force, and what the treasury took and paid over all time.
+
+    `dividends_due_microcredits` are of periods that have not paid yet.
+    """
+
+    policy_name: str
+    levy_per_mille: int
+    dividend_per_mille: int
+    dividend_period_s: int
+    credit_line_microcredits: int
+    levied_microcredits: int
+    granted_microcredits: int
+    dividends_paid_microcredits: int
+    dividends_due_microcredits: int
+
+
+@dataclass(frozen=True, slots=True)
 class DashboardView:
     """All that the dashboard shows, newest request first."""
 
@@ -317,6 +335,7 @@ class DashboardView:
     members: tuple[MemberRow, ...]
     treasury_microcredits: int
     issuance_microcredits: int
+    treasury: TreasuryState
     nodes: tuple[NodeRow, ...]
     models: tuple[ModelRow, ...]
     requests: tuple[RequestRow, ...]

@@ -26,6 +26,7 @@ def account_result(row: AccountRow) -> Result:
         "num_consumed_tokens": row.num_consumed_tokens,
         "earned_microcredits": row.totals.microcredits_earned,
         "spent_microcredits": row.totals.microcredits_spent,
+        "dividends_microcredits": row.totals.microcredits_dividends,
     }
 
 

@@ -29,6 +29,7 @@ from node.gateway.backend import (
     ShardRow,
     StageSeconds,
     TokenTime,
+    TreasuryState,
     Usage,
 )
 from node.links.frames import FinishReason
@@ -245,6 +246,17 @@ def example_view() -> DashboardView:
         members=tuple(members),
         treasury_microcredits=500_000_000,
         issuance_microcredits=-1_000_000_000,
+        treasury=TreasuryState(
+            policy_name="2-e4b8d",
+            levy_per_mille=25,
+            dividend_per_mille=500,
+            dividend_period_s=7 * 86_400,
+            credit_line_microcredits=500_000_000,
+            levied_microcredits=12_500_000,
+            granted_microcredits=600_000_000,
+            dividends_paid_microcredits=4_200_000,
+            dividends_due_microcredits=2_050_000,
+        ),
         nodes=tuple(nodes),
         models=(EXAMPLE_MODEL,),
         requests=(example_request(1),),
