@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
+from ledger.ledger import Ledger
 from ledger.rate_card import MICROCREDITS_PER_CREDIT, RateCard
 from ledger.standing import is_past_credit_line, weight_per_mille
 from node.engine.messages import MemberStanding
@@ -43,10 +44,16 @@ class Standings:
 
     def check_credit(self, member: bytes) -> None:
         """For a request that has to wait, because others want the pod too. Raises QuotaExceeded."""
-        card = rate_card_of(self._roster())
-        balance = self._ledger.ledger.balance(member)
-        if is_past_credit_line(balance, card):
-            raise QuotaExceeded(_quota_text(balance, card, self._clock_ms()))
+        check_credit(self._ledger.ledger, member, rate_card_of(self._roster()), self._clock_ms())
+
+
+def check_credit(ledger: Ledger, member: bytes, card: RateCard, now_ms: int) -> None:
+    """Raises QuotaExceeded when a member's balance, less what is held for its requests at any gateway, is
+    past the credit line.
+    """
+    available, balance = ledger.available(member), ledger.balance(member)
+    if is_past_credit_line(available, card):
+        raise QuotaExceeded(_quota_text(balance, balance - available, card, now_ms))
 
 
 def standings_of(roster: Roster, balances: Mapping[bytes, int]) -> tuple[MemberStanding, ...]:
@@ -65,12 +72,14 @@ def standings_of(roster: Roster, balances: Mapping[bytes, int]) -> tuple[MemberS
     )
 
 
-def _quota_text(balance_microcredits: int, card: RateCard, now_ms: int) -> str:
+def _quota_text(balance_microcredits: int, held_microcredits: int, card: RateCard, now_ms: int) -> str:
     line = -card.credit_line_microcredits
+    missing = line - balance_microcredits + held_microcredits
+    held = f" and {_credits(held_microcredits)} of it held for open requests" if held_microcredits else ""
     text = (
-        f"the pod is busy and your balance is {_credits(balance_microcredits)} credits, past the credit line "
-        f"of {_credits(line)}; it refills by {_credits(line - balance_microcredits)} when your machines "
-        "serve others or somebody transfers credit to you"
+        f"the pod is busy and your balance is {_credits(balance_microcredits)} credits{held}, past the "
+        f"credit line of {_credits(line)}; it refills by {_credits(missing)} when your requests end for less "
+        "than they hold, your machines serve others or somebody transfers credit to you"
     )
     if card.dividend_per_mille and card.levy_per_mille:
         period_ms = card.dividend_period_s * 1000

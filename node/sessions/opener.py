@@ -154,6 +154,8 @@ class Opener:
                 asyncio.timeout(opening.wait_for_room_s) as patience,
                 self._line.turn(request.payer, request.model),
             ):
+                # Those before it have opened holds meanwhile.
+                self._check_credit(request.payer)
                 patience.reschedule(None)
                 attempt = await self._search(opening, search, may_wait=True)
         except LineFull as full:
