@@ -217,6 +217,27 @@ class Ledger:
                 {author: chain.sorted_tips() for author, chain in self._chains.items() if chain.tips}
             )
 
+    def last_entry(self, author: bytes) -> bytes:
+        """The end of the author's longest branch; empty when nothing of it is here."""
+        with self._lock:
+            chain = self._chains.get(author)
+            last = chain.last if chain is not None else None
+            if last is None:
+                return b""
+            records = self._journal.read_range(author, last.index, MAX_NUM_BRANCHES + 1)
+            return next(record.raw for record in records if record.hash == last.hash)
+
+    def is_own_but_unknown(self, raw: bytes) -> bool:
+        """Whether this is proof that this node's journal goes on where this ledger ends, or beside it."""
+        try:
+            entry = decode_entry(raw)
+        except EntryError:
+            return False
+        if (entry.pod, entry.author) != (self._pod, self._author) or not entry.is_signed_by_author():
+            return False
+        with self._lock:
+            return entry.hash not in self._journal.hashes_at(self._author, entry.index)
+
     def num_entries(self) -> int:
         with self._lock:
             return self._num_entries

@@ -132,6 +132,30 @@ class PodHome:
             self._restored_file.unlink(missing_ok=True)
 
     @property
+    def next_key_file(self) -> Path:
+        return self.keys_dir / "node.next.pem"
+
+    def adopt_next_key(self, old_node: bytes) -> None:
+        """The next key becomes the node's own. Of two crashes in between, each leaves what can go on."""
+        self._write_private(self._retired_file, old_node.hex())
+        self.next_key_file.replace(self.keys_dir / "node.pem")
+        self.mark_restored(False)
+
+    def retired_nodes(self) -> set[bytes]:
+        """Ids of keys this node had before."""
+        try:
+            return {bytes.fromhex(self._retired_file.read_text())}
+        except (OSError, ValueError):
+            return set()
+
+    def forget_retired(self) -> None:
+        self._retired_file.unlink(missing_ok=True)
+
+    @property
+    def _retired_file(self) -> Path:
+        return self.keys_dir / "retired"
+
+    @property
     def _restored_file(self) -> Path:
         return self.path / "restored"
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from ledger.entry import AccountOpened, Issued
 from ledger.journal import JournalError
-from ledger.ledger import Ledger
+from ledger.ledger import Ledger, LedgerError
 from ledger.rate_card import MICROCREDITS_PER_CREDIT
 from node.catalogue import Catalogue
 from node.database import check_database_url
@@ -79,16 +80,12 @@ def open_membership(home: PodHome) -> Membership:
 
 
 def open_ledger(home: PodHome, membership: Membership) -> LedgerThread:
-    """This node's ledger, with its member's account opened and, for the owner, the first credit issued.
-
-    Not so when the file was lost: this node's journal is at the others, and what it wrote now would fork it.
-    """
-    roster = membership.roster
+    """Writes nothing. Raises UserError."""
     directory = RosterDirectory(lambda: membership.roster)
     try:
         ledger = Ledger.open(
             home.ledger_url,
-            roster.pod,
+            membership.pod,
             directory,
             membership.node_id,
             membership.node_key.sign,
@@ -96,14 +93,31 @@ def open_ledger(home: PodHome, membership: Membership) -> LedgerThread:
         )
     except JournalError as error:
         raise UserError(f"the ledger cannot be opened: {error}") from None
-    # A plan is only ever kept after the ledger was begun.
-    is_lost = ledger.num_entries() == 0 and home.plan_file.exists() and len(roster.nodes) > 1
-    if membership.node_id in roster.nodes and not is_lost:
-        if roster.owner.id == membership.member_id and ledger.num_entries() == 0:
-            ledger.append(Issued(INITIAL_ISSUE_MICROCREDITS))
-        if not ledger.is_account_open(membership.member_id):
-            ledger.append(AccountOpened(membership.member_id, rate_card_of(roster).version))
     return LedgerThread(ledger)
+
+
+def is_ledger_old(home: PodHome, membership: Membership, ledger: Ledger) -> bool:
+    """Whether what this node wrote before is known to be missing here: restored from a backup, or lost.
+
+    A plan is only ever kept after the ledger was begun.
+    """
+    is_lost = ledger.num_entries() == 0 and home.plan_file.exists() and not home.retired_nodes()
+    return home.is_restored or (is_lost and len(membership.roster.nodes) > 1)
+
+
+def begin_books(membership: Membership, ledger: Ledger) -> None:
+    """This member's account and, in a pod that has just been made, the first credit.
+
+    Only for a node that may go on with its journal (`journal_guard.py`). Raises LedgerError or JournalError.
+    """
+    roster = membership.roster
+    if membership.node_id not in roster.nodes:
+        return
+    is_new = len(roster.nodes) + len(roster.former_nodes) == 1
+    if is_new and roster.owner.id == membership.member_id and ledger.num_entries() == 0:
+        ledger.append(Issued(INITIAL_ISSUE_MICROCREDITS))
+    if not ledger.is_account_open(membership.member_id):
+        ledger.append(AccountOpened(membership.member_id, rate_card_of(roster).version))
 
 
 def open_offline(home: PodHome) -> Office:
@@ -136,10 +150,11 @@ def create_pod(
             check_database_url(database)
             home.remember_database(database)
         membership = Membership.create_pod(home.path, pod_name, member_name, node_name, wall_clock_ms)
-        open_ledger(home, membership).close()
+        with closing(open_ledger(home, membership)) as thread:
+            begin_books(membership, thread.ledger)
     except (MembershipError, IdentityError) as error:
         raise UserError(str(error)) from None
-    except (OSError, UserError) as error:
+    except (OSError, UserError, LedgerError, JournalError) as error:
         home.forget_pod()
         raise UserError(f"the pod could not be written to {home.path}: {error}") from None
     finally:

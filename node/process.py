@@ -66,6 +66,12 @@ def run_node(home: PodHome, settings: NodeSettings, as_json: bool) -> None:
 
 
 async def _run(home: PodHome, settings: NodeSettings, as_json: bool) -> None:
+    while await _run_once(home, settings, as_json):
+        logging.getLogger(__name__).warning("this node goes on under a new key, with a journal of its own")
+
+
+async def _run_once(home: PodHome, settings: NodeSettings, as_json: bool) -> bool:
+    """Whether the node is to start again."""
     runtime = NodeRuntime(home, settings)
     loop = asyncio.get_running_loop()
 
@@ -82,6 +88,7 @@ async def _run(home: PodHome, settings: NodeSettings, as_json: bool) -> None:
     finally:
         if shown is not None:
             shown.cancel()
+    return runtime.must_restart
 
 
 async def show_loading(loading: Callable[[], Iterable[Mapping[str, object]]]) -> None:

@@ -15,6 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ledger.journal import JournalError
+from ledger.ledger import LedgerError
 from ledger.rate_card import RateCard
 from node.catalogue import BUNDLE_KIND, Catalogue
 from node.changes import Changes
@@ -34,12 +36,13 @@ from node.errors import UserError
 from node.gateway.app import create_app
 from node.gateway.serve import ListenError, bind, serving
 from node.home import PodHome, RunningNode
+from node.journal_guard import JournalGuard, Verdict
 from node.ledger_channel import LedgerChannel
 from node.links.frames import MAX_NUM_DRAFT_TOKENS
 from node.links.head_links import HeadLinks
 from node.local_api import local_router
 from node.node_backend import NodeBackend
-from node.office import Office, open_ledger, open_membership, wall_clock_ms
+from node.office import Office, begin_books, is_ledger_old, open_ledger, open_membership, wall_clock_ms
 from node.operations import run_operation
 from node.plan_book import PlanBook
 from node.planner import Planner
@@ -83,6 +86,8 @@ class NodeRuntime:
         self._settings = settings
         self._stopped = asyncio.Event()
         self._failure: str | None = None
+        # After `run`: this node has a new key, and is to be made anew.
+        self.must_restart = False
         self._aside: Path | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._changes = Changes()
@@ -136,6 +141,11 @@ class NodeRuntime:
             own_member=self._standings.own_member,
             check_credit=self._standings.check_credit,
         )
+        self._guard = JournalGuard(
+            self._membership,
+            self._ledger,
+            is_ledger_old(self._home, self._membership, self._ledger.ledger),
+        )
         self._claims = Claims(self._ledger)
         self._authority = Authority(self._membership, self._home.keys_dir, wall_clock_ms)
         self._disputes = Disputes(node, self._ledger)
@@ -171,6 +181,8 @@ class NodeRuntime:
             await stack.enter_async_context(self._membership_running())
             stack.push_async_callback(self._links.close)
             self._wire()
+            if not await self._may_go_on():
+                return
             num_voided = await self._head.recover()
             if num_voided:
                 log.info("%d holds of an earlier run were voided", num_voided)
@@ -196,6 +208,32 @@ class NodeRuntime:
             self._home.set_aside(self._aside)
         if self._failure is not None:
             raise UserError(self._failure)
+
+    async def _may_go_on(self) -> bool:
+        """Whether this node may write in its journal. If not it has a new key then, or was told to stop."""
+        deciding = asyncio.ensure_future(self._decide())
+        stopping = asyncio.ensure_future(self._stopped.wait())
+        await asyncio.wait({deciding, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if deciding.done():
+            return deciding.result()
+        deciding.cancel()
+        await asyncio.wait({deciding})
+        if self._failure is not None:
+            raise UserError(self._failure)
+        return False
+
+    async def _decide(self) -> bool:
+        if await self._guard.decide() is Verdict.RENEW:
+            await self._guard.renew(self._home)
+            self.must_restart = True
+            return False
+        self._guard.retire_old_key(self._home)
+        try:
+            await self._ledger.run(lambda ledger: begin_books(self._membership, ledger))
+        except (LedgerError, JournalError) as error:
+            raise UserError(str(error)) from None
+        return True
 
     # Parts.
 
@@ -251,6 +289,7 @@ class NodeRuntime:
         membership.add_replicated(self._book)
         membership.handle(BUNDLE_KIND, self._catalogue.answer_bundle)
         self._authority.handle_requests()
+        self._guard.handle_requests()
         announce = []
         port = split_address(settings.listen_address, "--listen")[1]
         if settings.advertise_listen:
@@ -294,6 +333,10 @@ class NodeRuntime:
         self._wake()
 
     def _author_froze(self) -> None:
+        if self._ledger.ledger.is_frozen(self._membership.node_id):
+            log.error("this node's key signed two histories; it starts again under a new one")
+            self.must_restart = True
+            self._stopped.set()
         self._roster_changed(self._membership.roster)
 
     def _trusted(self) -> tuple[bytes, ...]:

@@ -241,6 +241,18 @@ class Membership:
             raise MembershipError("your role does not allow removing this member")
         return self._add(draft)
 
+    def certify_node(self, key: KeyPair) -> None:
+        """This member's node is to go on under another key. Raises MembershipError."""
+        if key.public in self._roster.nodes:
+            return
+        own = self._roster.nodes.get(self.node_id)
+        if own is None:
+            raise MembershipError("this machine is no longer in the pod")
+        draft = self._signed(node_added(self.pod, self.member_id, key, own.name))
+        if key.public not in roster_of(self.pod, [*self._log.events(), draft]).nodes:
+            raise MembershipError("this member has as many nodes as it may have")
+        self._add(draft)
+
     def change_role(self, member: bytes, role: Role) -> Event:
         """For the owner. What the member said in its old role stays valid, nothing that comes later does."""
         if self.role is not Role.OWNER or role is Role.OWNER or member == self.member_id:
