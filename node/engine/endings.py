@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 MAX_SET_ASIDE_MS = 30_000
 # A head signs for what its client has read; one that reads nothing is given up within a minute.
 MAX_UNSIGNED_MS = 120_000
+# The head could not sign any more, and may have to replay.
+_OWN_FAULTS = frozenset({ErrorCode.INTERNAL, ErrorCode.SHUTTING_DOWN})
 
 
 class Endings:
@@ -41,7 +43,9 @@ class Endings:
     def end(self, session: StageSession, code: ErrorCode, message: str) -> None:
         error = SessionError(session.id, session.opening.stage_index, code, message)
         self.send_to_head(session.head, error)
-        self.forget(session, message)
+        if code in _OWN_FAULTS:
+            self.unpaid.interrupted(session.head, session.next_position)
+        self._forget(session, message, is_unpaid=code not in _OWN_FAULTS)
 
     def end_all(self, sessions: Iterable[bytes], code: ErrorCode, message: str) -> None:
         for session_id in sessions:
@@ -106,11 +110,15 @@ class Endings:
 
     def forget(self, session: StageSession, reason: str) -> None:
         """`reason` is empty when the head closed it."""
+        self._forget(session, reason, is_unpaid=True)
+
+    def _forget(self, session: StageSession, reason: str, is_unpaid: bool) -> None:
+        """`is_unpaid`: what is not signed for by now, the head has had for nothing."""
         if not self._book.remove(session):
             return
         session.loaded.cache.close(session.table)
         meter = session.meter
-        if meter.num_output_tokens:
+        if is_unpaid and meter.num_output_tokens:
             self.unpaid.lost(session.head, meter.num_computed_tokens - meter.num_signed_tokens)
         self._on_event(
             SessionEnded(

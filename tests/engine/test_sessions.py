@@ -410,6 +410,17 @@ def test_a_head_that_never_pays_is_refused_after_so_many_tokens(
             assert not heard.errors
 
 
+def test_what_a_stage_broke_off_itself_is_not_held_against_the_head(llama: TinyModel) -> None:
+    with Ring(llama.package) as ring:
+        _, heard = begin(ring, ENDLESS)
+        wait_until(lambda: len(heard.tokens) > 20)
+        engine, loaded = ring.engines[0], ring.shards[0]
+        engine.drop_shard(loaded.model, loaded.start_layer, loaded.end_layer).result(10)
+        wait_until(lambda: bool(heard.errors))
+        assert heard.errors[0].code is ErrorCode.SHUTTING_DOWN
+        assert engine._endings.unpaid.num_unpaid(ring.head_key.public) == 0
+
+
 def test_a_head_that_calls_everything_a_replay_gets_little_for_it(
     llama: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
