@@ -209,7 +209,10 @@ class Books:
 
     def _settle_key(self, record: SessionRecord, key: tuple[bytes, bytes], before_ms: int | None) -> None:
         if record.resolution is not None:
-            self._keys.settle(key, record.head, record.session, before_ms, record.resolution.time_ms)
+            body, time_ms = record.resolution.body, record.resolution.time_ms
+            is_settled = isinstance(body, HoldSettled)
+            num_tokens = body.num_prompt_tokens + body.num_output_tokens if is_settled else 0
+            self._keys.settle(key, record.head, record.session, before_ms, time_ms, num_tokens)
 
     def _check_parties(self, receipts: tuple[SignedReceipt, ...]) -> None:
         for signed in receipts:
@@ -353,17 +356,9 @@ class Books:
         return KeyUse(
             self._keys.spent_microcredits(key),
             held,
-            tuple(time_ms for time_ms, head, _ in opened if head != other_than),
-            tuple(
-                (time_ms, self._num_tokens(head, session))
-                for time_ms, head, session in settled
-                if head != other_than
-            ),
+            tuple(time_ms for time_ms, head, _, _ in opened if head != other_than),
+            tuple((time_ms, tokens) for time_ms, head, _, tokens in settled if head != other_than),
         )
-
-    def _num_tokens(self, head: bytes, session: bytes) -> int:
-        consumption = self._sessions[head, session].consumption()
-        return consumption.num_prompt_tokens + consumption.num_output_tokens if consumption else 0
 
     def is_account_open(self, member: bytes) -> bool:
         return self._treasury.is_open(member)

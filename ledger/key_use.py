@@ -15,8 +15,8 @@ MAX_NUM_RECENT = 8192
 Key = tuple[bytes, bytes]
 """(member, key id)"""
 
-Place = tuple[int, bytes, bytes]
-"""(time_ms, head, session)"""
+Place = tuple[int, bytes, bytes, int]
+"""(time_ms, head, session, tokens)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +45,12 @@ class KeyUses:
 
     def open(self, key: Key, head: bytes, session: bytes, before_ms: int | None, time_ms: int) -> None:
         """`before_ms` is what was said of this session before, by an author that signed two histories."""
-        _move(self._opened[key], head, session, before_ms, time_ms)
+        _move(self._opened[key], before_ms, (time_ms, head, session, 0))
 
-    def settle(self, key: Key, head: bytes, session: bytes, before_ms: int | None, time_ms: int) -> None:
-        _move(self._settled[key], head, session, before_ms, time_ms)
+    def settle(
+        self, key: Key, head: bytes, session: bytes, before_ms: int | None, time_ms: int, num_tokens: int
+    ) -> None:
+        _move(self._settled[key], before_ms, (time_ms, head, session, num_tokens))
 
     def opened_since(self, key: Key, since_ms: int) -> list[Place]:
         places = self._opened.get(key, [])
@@ -59,13 +61,12 @@ class KeyUses:
         return places[bisect_left(places, (since_ms,)) :]
 
 
-def _move(places: list[Place], head: bytes, session: bytes, before_ms: int | None, time_ms: int) -> None:
-    if before_ms == time_ms:
-        return
+def _move(places: list[Place], before_ms: int | None, place: Place) -> None:
     if before_ms is not None:
-        at = bisect_left(places, (before_ms, head, session))
-        if at < len(places) and places[at] == (before_ms, head, session):
+        head_and_session = place[1:3]
+        at = bisect_left(places, (before_ms, *head_and_session))
+        if at < len(places) and places[at][:3] == (before_ms, *head_and_session):
             del places[at]
-    insort(places, (time_ms, head, session))
+    insort(places, place)
     if len(places) > MAX_NUM_RECENT:
         del places[0]

@@ -140,7 +140,7 @@ async def key_revoke(office: Office, arguments: Arguments, _tell: TellProgress) 
 def _wanted(said: str) -> tuple[str, str]:
     """A name or id, and how errors may show it: people also paste the key itself, which no line repeats."""
     if not said.startswith(PREFIX):
-        return said, said[:80]
+        return said, "that" if said.startswith("sk-") else said[:80]
     try:
         wanted = parse_bearer(said)[1].key_id.hex()
     except ApiKeyError as error:

@@ -87,7 +87,7 @@ def test_the_latest_sessions_of_a_key_are_kept_and_no_more() -> None:
         uses.open(key, b"head", session_id(number), None, number)
     opened = uses.opened_since(key, 0)
     assert len(opened) == key_use.MAX_NUM_RECENT
-    assert opened[0] == (3, b"head", session_id(3))
+    assert opened[0] == (3, b"head", session_id(3), 0)
     uses.open(key, b"head", session_id(9), 9, 10_000_000)
-    assert uses.opened_since(key, 10_000_000) == [(10_000_000, b"head", session_id(9))]
+    assert uses.opened_since(key, 10_000_000) == [(10_000_000, b"head", session_id(9), 0)]
     assert len(uses.opened_since(key, 0)) == key_use.MAX_NUM_RECENT
