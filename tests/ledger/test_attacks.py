@@ -7,9 +7,11 @@ reason than it says.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +72,7 @@ class Attack:
 
 
 ATTACKS: list[Attack] = []
+ROOT = Path(__file__).parents[2]
 
 
 def attack(remove: Remove) -> Callable[[Callable[[], None]], Callable[[], None]]:
@@ -731,3 +734,17 @@ def test_attack_succeeds_without_its_defence(attack: Attack, monkeypatch: pytest
     attack.remove(monkeypatch)
     with pytest.raises((AssertionError, pytest.fail.Exception, JournalError)):
         attack.run()
+
+
+def test_the_document_names_each_attack_and_no_test_that_is_not_there() -> None:
+    text = (ROOT / "docs" / "security.md").read_text()
+    quoted = re.findall(r"`([^`\n]+)`", text)
+    assert {attack.name for attack in ATTACKS} - set(quoted) == set()
+    source = ""
+    for name in quoted:
+        path, _, test = name.partition("::")
+        if path.rpartition("/")[2].startswith("test_") and path.endswith(".py"):
+            (found,) = [ROOT / path] if "/" in path else (ROOT / "tests").rglob(path)
+            source = found.read_text()
+        if test:
+            assert f"def {test}(" in source, name
