@@ -316,6 +316,16 @@ class Ledger:
         with self._lock:
             return self._books.member_totals()
 
+    def covers(self, receipt: Receipt) -> bool:
+        """Whether its head holds as much of the payer's credit as this receipt alone asks for."""
+        with self._lock:
+            holds = self._books.holds_of(receipt.head, receipt.session)
+        payer = (receipt.payer, receipt.key_id)
+        return any(
+            (hold.payer, hold.key_id) == payer and hold.amount_microcredits >= receipt.amount_microcredits
+            for hold in holds
+        )
+
     def treasury(self) -> TreasuryTotals:
         with self._lock:
             return self._books.treasury()

@@ -340,9 +340,12 @@ class NodeRuntime:
         self._roster_changed(self._membership.roster)
 
     def _trusted(self) -> tuple[bytes, ...]:
-        """Certificates of those who may open sessions here and serve ours: the roster's, but of frozen nodes."""
+        """Certificates of those who may open sessions here and serve ours: the roster's, but for nodes that
+        signed two histories, or that sign here without a hold to pay from.
+        """
         nodes = self._membership.roster.nodes.values()
-        return tuple(node.certificate_der for node in nodes if node.id not in self._state.frozen)
+        without = (self._state.frozen | self._claims.unpaying_heads) - {self._membership.node_id}
+        return tuple(node.certificate_der for node in nodes if node.id not in without)
 
     def _peer_changed(self, _node: bytes, _live: bool) -> None:
         self._wake_door()
@@ -567,7 +570,13 @@ class NodeRuntime:
     async def _check_claims(self) -> None:
         while True:
             await asyncio.sleep(CLAIMS_CHECK_EVERY_S)
+            before = self._claims.unpaying_heads
             await self._claims.check()
+            if self._claims.unpaying_heads != before:
+                log.warning(
+                    "%d nodes sign without a hold; no work for them", len(self._claims.unpaying_heads)
+                )
+                self._roster_changed(self._membership.roster)
 
     async def _stop_engine(self) -> None:
         if self._engine_to_stop is not None:

@@ -89,12 +89,15 @@ def test_the_dashboard_names_it() -> None:
 
 def test_no_link_trusts_it_and_the_others_stay_trusted(machine: Machine) -> None:
     state = SimpleNamespace(frozen=frozenset())
-    runtime = SimpleNamespace(_membership=machine.membership, _state=state)
+    claims = SimpleNamespace(unpaying_heads=frozenset())
+    runtime = SimpleNamespace(_membership=machine.membership, _state=state, _claims=claims)
     everybody = NodeRuntime._trusted(runtime)  # type: ignore[arg-type]
     assert b"certificate of shed" in everybody
-    state.frozen = frozenset({machine.forger.public})
-    trusted = NodeRuntime._trusted(runtime)  # type: ignore[arg-type]
-    assert set(everybody) - set(trusted) == {b"certificate of shed"}
+    for place, name in ((state, "frozen"), (claims, "unpaying_heads")):
+        setattr(place, name, frozenset({machine.forger.public}))
+        trusted = NodeRuntime._trusted(runtime)  # type: ignore[arg-type]
+        assert set(everybody) - set(trusted) == {b"certificate of shed"}
+        setattr(place, name, frozenset())
 
 
 def test_no_route_goes_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
