@@ -210,8 +210,9 @@ class Books:
     def _settle_key(self, record: SessionRecord, key: tuple[bytes, bytes], before_ms: int | None) -> None:
         if record.resolution is not None:
             body, time_ms = record.resolution.body, record.resolution.time_ms
-            is_settled = isinstance(body, HoldSettled)
-            num_tokens = body.num_prompt_tokens + body.num_output_tokens if is_settled else 0
+            num_tokens = 0
+            if isinstance(body, HoldSettled):
+                num_tokens = body.num_prompt_tokens + body.num_output_tokens
             self._keys.settle(key, record.head, record.session, before_ms, time_ms, num_tokens)
 
     def _check_parties(self, receipts: tuple[SignedReceipt, ...]) -> None:
@@ -345,8 +346,13 @@ class Books:
     def num_key_sessions_since(self, member: bytes, key_id: bytes, since_ms: int) -> int:
         return len(self._keys.opened_since((member, key_id), since_ms))
 
-    def key_use(self, member: bytes, key_id: bytes, now_ms: int, since_ms: int, other_than: bytes) -> KeyUse:
-        """What the key has paid and holds at all gateways; its sessions since then at all but one head's."""
+    def key_use(
+        self, member: bytes, key_id: bytes, now_ms: int, since_ms: int, head: bytes, known_from_ms: int
+    ) -> KeyUse:
+        """What the key has paid and holds at all gateways, and its sessions since then.
+
+        Not those that `head` began or settled from `known_from_ms` on: those it counts itself.
+        """
         key = (member, key_id)
         held = sum(
             hold.amount_microcredits for hold in self._open_holds_of(member, now_ms) if hold.key_id == key_id
@@ -356,8 +362,8 @@ class Books:
         return KeyUse(
             self._keys.spent_microcredits(key),
             held,
-            tuple(time_ms for time_ms, head, _, _ in opened if head != other_than),
-            tuple((time_ms, tokens) for time_ms, head, _, tokens in settled if head != other_than),
+            tuple(at for at, by, _, _ in opened if by != head or at < known_from_ms),
+            tuple((at, tokens) for at, by, _, tokens in settled if by != head or at < known_from_ms),
         )
 
     def is_account_open(self, member: bytes) -> bool:

@@ -302,19 +302,19 @@ class Ledger:
         with self._lock:
             return self._books.num_key_sessions_since(member, key_id, since_ms)
 
-    def key_use(self, member: bytes, key_id: bytes, since_ms: int) -> KeyUse:
-        """What the key has paid and holds at all gateways; its sessions since then at the others."""
+    def key_use(self, member: bytes, key_id: bytes, since_ms: int, known_from_ms: int = 0) -> KeyUse:
+        """What the key has paid and holds at all gateways, and its sessions since then.
+
+        Not those that this node began or settled from `known_from_ms` on.
+        """
         with self._lock:
-            return self._books.key_use(member, key_id, self._clock_ms(), since_ms, self._author)
+            now_ms = self._clock_ms()
+            return self._books.key_use(member, key_id, now_ms, since_ms, self._author, known_from_ms)
 
     def counts(self, receipt: Receipt) -> bool:
         """Whether this receipt counts: a stage need not claim what is settled."""
         with self._lock:
             return self._books.counts(receipt)
-
-    def member_totals(self) -> dict[bytes, MemberTotals]:
-        with self._lock:
-            return self._books.member_totals()
 
     def covers(self, receipt: Receipt) -> bool:
         """Whether its head holds as much of the payer's credit as this receipt alone asks for."""
@@ -325,6 +325,10 @@ class Ledger:
             (hold.payer, hold.key_id) == payer and hold.amount_microcredits >= receipt.amount_microcredits
             for hold in holds
         )
+
+    def member_totals(self) -> dict[bytes, MemberTotals]:
+        with self._lock:
+            return self._books.member_totals()
 
     def treasury(self) -> TreasuryTotals:
         with self._lock:

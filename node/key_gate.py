@@ -87,11 +87,13 @@ class KeyGate:
     def __init__(self, ledger: Ledger, clock_ms: Callable[[], int]) -> None:
         self._ledger = ledger
         self._clock_ms = clock_ms
+        # What this node did in an earlier life, the ledger shows.
+        self._began_ms = clock_ms()
         self._keys: OrderedDict[Key, _Here] = OrderedDict()
 
     def admit(self, caller: Caller, num_tokens: int, worst_case_microcredits: int) -> Admission:
         """Let in a request of at most so many tokens and credits. Raises QuotaExceeded or RateLimited."""
-        now_ms, here = self._clock_ms(), self._here(caller)
+        now_ms, here = self._clock_ms(), self._here(caller) if caller.has_limits else _Here()
         if caller.has_limits:
             use = self._use(caller, now_ms)
             if caller.max_num_requests_per_minute:
@@ -116,7 +118,7 @@ class KeyGate:
         return tuple(limits)
 
     def _use(self, caller: Caller, now_ms: int) -> KeyUse:
-        use = self._ledger.key_use(caller.member, caller.key_id, now_ms - MINUTE_MS + 1)
+        use = self._ledger.key_use(caller.member, caller.key_id, now_ms - MINUTE_MS + 1, self._began_ms)
         # Clocks differ; what is dated further ahead would count for longer than a minute.
         latest_ms = now_ms + MINUTE_MS
         opened_ms = tuple(time_ms for time_ms in use.opened_ms if time_ms <= latest_ms)

@@ -15,6 +15,8 @@ from tests.gateway.fake_backend import (
     LIMITED_KEY,
     LIMITED_TOKENS,
     MODEL,
+    NARROW_KEY,
+    OTHER_MODEL,
     REVOKED_KEY,
     Script,
     tokens_of,
@@ -142,6 +144,19 @@ def test_an_answer_without_a_limit_of_its_own_stays_within_the_key_s_minute(
     limited.completions.create(model=MODEL, prompt="Hi")
     asked = [one.request.sampling.max_num_output_tokens for one in gateway.backend.generations]
     assert asked == [LIMITED_TOKENS - prompt, 7, 1, 16]
+
+
+def test_a_model_outside_the_key_s_scope_is_forbidden(client: OpenAI) -> None:
+    narrow = client.with_options(api_key=NARROW_KEY)
+    assert [card.id for card in narrow.models.list()] == [OTHER_MODEL]
+    for ask in (
+        lambda: narrow.models.retrieve(MODEL),
+        lambda: narrow.chat.completions.create(model=MODEL, messages=HI),
+        lambda: narrow.completions.create(model=MODEL, prompt="Hi"),
+    ):
+        with pytest.raises(openai.PermissionDeniedError) as caught:
+            ask()
+        assert caught.value.code == "model_not_allowed"
 
 
 def test_a_key_revoked_in_the_middle_of_a_stream_ends_it_with_the_reason(

@@ -48,6 +48,9 @@ def test_only_other_gateways_sessions_are_told_with_their_tokens() -> None:
     seen = second.key_use(world.members[0], KEY, START_MS)
     assert (seen.opened_ms, seen.settled) == ((START_MS, START_MS), ((START_MS, 30),))
     assert second.key_use(world.members[0], KEY, START_MS + 1).opened_ms == ()
+    # What it did before it began to count by itself is told, too.
+    seen = first.key_use(world.members[0], KEY, START_MS, known_from_ms=START_MS + 1)
+    assert (seen.opened_ms, len(seen.settled)) == ((START_MS, START_MS, START_MS + 1000), 2)
 
 
 def test_a_hold_that_ended_or_expired_is_held_no_more() -> None:
@@ -75,7 +78,7 @@ def test_entries_in_any_order_say_the_same_of_a_key() -> None:
         books = Books(world.directory)
         for entry in order:
             books.apply(entry)
-        seen.add(books.key_use(world.members[0], KEY, world.clock.now_ms, START_MS, b"elsewhere"))
+        seen.add(books.key_use(world.members[0], KEY, world.clock.now_ms, START_MS, b"elsewhere", 0))
     (use,) = seen
     assert use.opened_ms == (START_MS, START_MS + 10)
     assert use.settled == ((START_MS + 5, 30),)

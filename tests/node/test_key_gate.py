@@ -238,6 +238,17 @@ def test_a_gateway_whose_clock_is_hours_ahead_blocks_no_key(world: World) -> Non
     first.ask(caller)
 
 
+def test_a_gateway_that_restarts_remembers_the_minute(world: World) -> None:
+    gateway = Gateway(world, 0)
+    caller = key(world, max_num_requests_per_minute=2, max_num_tokens_per_minute=100, cap_microcredits=1000)
+    gateway.ask(caller)
+    world.clock.now_ms += 1000
+    gateway.gate = KeyGate(gateway.ledger, world.clock)
+    assert [limit.remaining for limit in gateway.gate.rate_limits(caller)] == [1, 99]
+    gateway.ask(caller)
+    assert [limit.remaining for limit in gateway.gate.rate_limits(caller)] == [0, 69]
+
+
 def test_keys_and_members_are_kept_apart(world: World) -> None:
     gateway, caller = Gateway(world, 0), key(world, max_num_requests_per_minute=1)
     gateway.gate.admit(caller, 30, WORTH)
