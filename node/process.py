@@ -16,7 +16,7 @@ from node.database import check_database_url, take_database
 from node.errors import UserError
 from node.home import PodHome
 from node.office import check_name, open_membership, wall_clock_ms
-from node.runtime import Listening, NodeRuntime, check_ports_are_free
+from node.runtime import Listening, NodeRuntime, check_can_start
 from node.settings import NodeSettings
 from pod.admission import JoinError
 from pod.identity import IdentityError
@@ -37,7 +37,7 @@ def join_pod(
     check_name(node_name, "--node-name")
     if home.has_pod():
         raise UserError(f"{home.path} is in a pod already; `pod leave` first or set another POD_HOME")
-    check_ports_are_free(settings)
+    check_can_start(settings)
     if settings.database is not None:
         check_database_url(settings.database)
     home.acquire()

@@ -54,6 +54,7 @@ from node.standings import Standings
 from node.status import NodeStatus
 from node.tls.authority import Authority
 from node.tls.front_door import FrontDoor
+from node.tls.given_certificate import GivenCertificate
 from pod.address import AddressError, dialable, host_port_of, multiaddr_of
 from pod.control import ControlError
 from pod.roster.events import Role
@@ -260,7 +261,7 @@ class NodeRuntime:
 
     def _bind_ports(self) -> socket.socket:
         """Take the API port, and see that the others are free, before anything else begins."""
-        check_ports_are_free(replace(self._settings, serve=self._serves))
+        check_can_start(replace(self._settings, serve=self._serves))
         return _bind(self._settings.api_address, "--api")
 
     def _open_door(self, listener: socket.socket) -> FrontDoor:
@@ -592,8 +593,10 @@ class NodeRuntime:
         return self._aside
 
 
-def check_ports_are_free(settings: NodeSettings) -> None:
-    """Raises UserError that names the option to change."""
+def check_can_start(settings: NodeSettings) -> None:
+    """Ports are free and the certificate is usable, or UserError that names the option to change."""
+    if settings.tls_cert is not None and settings.tls_key is not None:
+        GivenCertificate(settings.tls_cert, settings.tls_key, wall_clock_ms).start()
     addresses = {"--api": settings.api_address, "--listen": settings.listen_address}
     if settings.serve:
         addresses["--data"] = settings.data_address

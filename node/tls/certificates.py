@@ -6,7 +6,6 @@ fresh keys and serial numbers; who may have what signed, `authority.py` decides.
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from node.private_file import written_whole
 from node.tls.names import EXCLUDED_ENDINGS, MAX_NUM_NAMES, address_of, general_name, is_signable, names_of
 
 DAY_MS = 86_400_000
@@ -66,18 +66,12 @@ class CertifiedKey:
         return now_ms > (begin_ms + self.not_after_ms) // 2
 
     def save(self, path: Path) -> None:
-        """One file, 0600, replaced as a whole."""
+        """One file, 0600, replaced as a whole. Raises UserError when it cannot be written."""
         pem = self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         pem += b"".join(one.public_bytes(Encoding.PEM) for one in self.chain)
-        temporary = path.with_suffix(".new")
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
+        with written_whole(path) as file:
             file.write(pem)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> CertifiedKey | None:

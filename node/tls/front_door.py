@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+from node.errors import UserError
 from node.gateway.serve import bind
 from node.settings import NodeSettings, split_address
 from node.tls.authority import Authority
@@ -101,7 +102,7 @@ class FrontDoor:
                 await self._authority.refresh_issuer()
                 if self.certificate is not None:
                     await self.certificate.refresh()
-            except OSError as error:
+            except (OSError, UserError) as error:
                 log.warning("the HTTPS certificate cannot be renewed: %s", error)
             is_wanting = self.certificate is not None and self.certificate.is_wanting
             with contextlib.suppress(TimeoutError):
