@@ -286,7 +286,25 @@ def test_cut_streams_are_charged_at_what_was_delivered(fresh_pod: LocalPod) -> N
         assert {key: charged[key] for key in polite} == polite
         # Who hangs up does not see what was on its way: it may have been sent more than it has read.
         assert all(cut.num_read <= charged[key] <= MAX_NUM_TOKENS for key, cut in cuts.items())
+    _all_meters_agree(fresh_pod, books[0])
     num_whole = sum(cut.is_whole for cut in cuts.values())
     num_unread = sum(cut.num_read == 0 for cut in cuts.values())
     assert num_whole < NUM_CUT_STREAMS / 4
     assert 0 < num_unread < NUM_CUT_STREAMS / 2
+
+
+def _all_meters_agree(pod: LocalPod, books: Any) -> None:
+    """Of everything that was ever asked: what gateways counted, what was settled, what members consumed."""
+    settled = [
+        ending
+        for told in sessions_of(pod.nodes[0].home).values()
+        for ending in told.endings
+        if isinstance(ending, HoldSettled)
+    ]
+    num_prompt_tokens = sum(ending.num_prompt_tokens for ending in settled)
+    num_output_tokens = sum(ending.num_output_tokens for ending in settled)
+    pages = [httpx.get(f"{node.api_url}/metrics").text for node in pod.nodes]
+    assert sum(metric(page, "pod_prompt_tokens_total", model=MODEL) for page in pages) == num_prompt_tokens
+    assert sum(metric(page, "pod_output_tokens_total", model=MODEL) for page in pages) == num_output_tokens
+    consumed = sum(account.get("num_consumed_tokens", 0) for account in books["accounts"])
+    assert consumed == num_prompt_tokens + num_output_tokens

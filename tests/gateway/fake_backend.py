@@ -85,12 +85,16 @@ def tokens_of(text: str, finish: FinishReason = FinishReason.STOP) -> list[Gener
 
 @dataclass
 class Script:
-    """What one generation does: `tokens`, pausing before the one at `pause_at` until `go`, then `error`."""
+    """What one generation does: `tokens`, pausing before the one at `pause_at` until `go`, then `error`.
+
+    `is_paced`: between two tokens others may run.
+    """
 
     tokens: list[GeneratedToken] = field(default_factory=lambda: tokens_of("Hello, wörld 🌍!"))
     pause_at: int | None = None
     go: asyncio.Event = field(default_factory=asyncio.Event)
     error: BackendRefusal | None = None
+    is_paced: bool = False
 
 
 class FakeGeneration:
@@ -113,6 +117,8 @@ class FakeGeneration:
                 token = with_logprobs(plain, num_top)
                 if index == self.script.pause_at:
                     await self.script.go.wait()
+                if self.script.is_paced:
+                    await asyncio.sleep(0)
                 self.num_yielded += 1
                 if self.num_yielded == limit and token.finish_reason is FinishReason.NONE:
                     yield replace(token, finish_reason=FinishReason.LENGTH)
