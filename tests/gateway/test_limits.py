@@ -11,9 +11,12 @@ from contextlib import ExitStack
 import httpx
 import psutil
 import pytest
+from fastapi.routing import APIRoute
 
+from node.dashboard.routes import router as dashboard_router
 from node.gateway import body as body_module
 from node.gateway import connection
+from node.gateway.access import MAX_NUM_LOGIN_ATTEMPTS, Logins
 from node.gateway.body import MAX_BODY_BYTES, BodyRoom
 from node.gateway.connection import MAX_HEAD_BYTES, MAX_NUM_HEADERS, MAX_URL_BYTES
 from node.gateway.errors import ApiError
@@ -237,3 +240,42 @@ def test_no_other_site_is_let_in(gateway: RunningGateway) -> None:
         assert models.status_code == 200
         for answer in (preflight, models):
             assert not [name for name in answer.headers if name.startswith("access-control-")]
+
+
+def test_every_action_of_the_dashboard_is_refused_to_other_sites(gateway: RunningGateway) -> None:
+    """Also those that somebody adds: the check is the router's, not theirs."""
+    actions = [
+        (method, route.path)
+        for route in dashboard_router.routes
+        if isinstance(route, APIRoute)
+        for method in route.methods - {"GET", "HEAD"}
+    ]
+    assert ("POST", "/login") in actions
+    own = f"http://127.0.0.1:{gateway.port}"
+    with httpx.Client(base_url=gateway.url, timeout=QUICKLY_S) as client:
+        for method, path in actions:
+            for foreign in (
+                {"origin": "https://evil.example"},
+                {"origin": "null"},
+                {"origin": own, "sec-fetch-site": "cross-site"},
+                {"sec-fetch-site": "same-site"},
+            ):
+                answer = client.request(method, path, headers=foreign)
+                assert answer.status_code == 403, (method, path, foreign)
+        said = {"origin": own, "sec-fetch-site": "same-origin"}
+        assert client.post("/login", data={"key": KEY}, headers=said).status_code == 303
+
+
+def test_login_attempts_are_counted_by_network() -> None:
+    """Whoever has one IPv6 address has 2^64 of them."""
+    logins = Logins(FakeBackend(), now_s=lambda: 1000.0)
+    for number in range(MAX_NUM_LOGIN_ATTEMPTS):
+        logins.count_attempt(f"2001:db8::{number:x}")
+    with pytest.raises(ApiError):
+        logins.count_attempt("2001:db8::ffff")
+    logins.count_attempt("2001:db8:0:1::1")
+    for _ in range(MAX_NUM_LOGIN_ATTEMPTS):
+        logins.count_attempt("::ffff:10.0.0.1")
+    with pytest.raises(ApiError):
+        logins.count_attempt("10.0.0.1")
+    logins.count_attempt("10.0.0.2")
