@@ -53,7 +53,7 @@ def check_credit(ledger: Ledger, member: bytes, card: RateCard, now_ms: int) -> 
     """
     available, balance = ledger.available(member), ledger.balance(member)
     if is_past_credit_line(available, card):
-        raise QuotaExceeded(_quota_text(balance, balance - available, card, now_ms))
+        raise QuotaExceeded(quota_text(balance, balance - available, card, now_ms))
 
 
 def standings_of(roster: Roster, balances: Mapping[bytes, int]) -> tuple[MemberStanding, ...]:
@@ -72,7 +72,7 @@ def standings_of(roster: Roster, balances: Mapping[bytes, int]) -> tuple[MemberS
     )
 
 
-def _quota_text(balance_microcredits: int, held_microcredits: int, card: RateCard, now_ms: int) -> str:
+def quota_text(balance_microcredits: int, held_microcredits: int, card: RateCard, now_ms: int) -> str:
     line = -card.credit_line_microcredits
     missing = line - balance_microcredits + held_microcredits
     held = f" and {_credits(held_microcredits)} of it held for open requests" if held_microcredits else ""
