@@ -312,9 +312,14 @@ class Ledger:
             return self._books.key_use(member, key_id, now_ms, since_ms, self._author, known_from_ms)
 
     def counts(self, receipt: Receipt) -> bool:
-        """Whether this receipt counts: a stage need not claim what is settled."""
+        """Whether this receipt is the one that counts for its stage."""
         with self._lock:
             return self._books.counts(receipt)
+
+    def covers(self, receipt: Receipt) -> bool:
+        """Whether this receipt counts, or a higher one of its stage: then there is nothing to claim."""
+        with self._lock:
+            return self._books.covers(receipt)
 
     def covers(self, receipt: Receipt) -> bool:
         """Whether its head holds as much of the payer's credit as this receipt alone asks for."""

@@ -118,6 +118,11 @@ class SessionRecord:
         counted = self.receipts.get((receipt.stage_index, receipt.stage))
         return counted is not None and counted.receipt == receipt
 
+    def covers(self, receipt: Receipt) -> bool:
+        """Whether this receipt counts, or one that outranks it: it would add nothing."""
+        counted = self.receipts.get((receipt.stage_index, receipt.stage))
+        return counted is not None and receipt_rank(counted.receipt) >= receipt_rank(receipt)
+
     def payments(self) -> dict[tuple[int, bytes], Payment]:
         """What each counting receipt pays: its amount, or its share when all together exceed the hold.
 

@@ -61,6 +61,14 @@ def test_a_receipt_that_counts_is_forgotten(stage: Stage) -> None:
     assert (stage.check(), stage.claims.num_held) == (0, 0)
 
 
+def test_a_receipt_that_a_higher_one_covers_is_forgotten(stage: Stage) -> None:
+    """The settlement may be here before the engine has told of its last receipt."""
+    stage.hold_receipt(sequence=1, num_output_tokens=1)
+    last = stage.world.receipt(session_id(1), sequence=2)
+    stage.head_writes(hold(stage), stage.world.settlement(session_id(1), last))
+    assert (stage.check(), stage.claims.num_held) == (0, 0)
+
+
 def test_a_head_that_settles_without_the_receipt_is_claimed_against(stage: Stage) -> None:
     receipt = stage.hold_receipt()
     stage.head_writes(hold(stage), stage.world.settlement(session_id(1)))

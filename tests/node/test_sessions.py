@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -264,6 +265,29 @@ async def test_a_request_that_fails_after_some_tokens_is_settled_at_those(pod: P
     (settled,) = [body for body in bodies(pod) if isinstance(body, HoldSettled)]
     # The stage that broke is paid for what it had signed before.
     assert [signed.receipt.num_output_tokens for signed in settled.receipts] == [10, 1]
+    assert pod.ledger.open_holds() == []
+
+
+async def test_an_attempt_lost_in_its_prompt_costs_nothing_and_the_next_one_all(pod: Pod) -> None:
+    num_starts = 0
+
+    def start(session: bytes) -> None:
+        nonlocal num_starts
+        num_starts += 1
+        if num_starts > 1:
+            pod.links.make_tokens(session)
+            return
+        lost = SessionError(session, 0, ErrorCode.NEXT_HOP_UNREACHABLE, "the next stage is gone")
+        pod.links.subscriptions.received(pod.route[0].node, lost)
+
+    pod.links.on_start = start
+    session = await pod.head.open(pod.request(), DEFAULT_RATE_CARD)
+    assert await read(session) == [40, 41, 42, 43]
+    usage = await session.settle(4)
+    assert (session.num_attempts, usage.num_prompt_tokens, usage.num_output_tokens) == (2, 3, 4)
+    settled = [body for body in bodies(pod) if isinstance(body, HoldSettled)]
+    assert [(body.num_prompt_tokens, body.num_output_tokens) for body in settled] == [(3, 4)]
+    assert Counter(map(type, bodies(pod))) == {HoldOpened: 2, HoldVoided: 1, HoldSettled: 1}
     assert pod.ledger.open_holds() == []
 
 
