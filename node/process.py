@@ -122,7 +122,10 @@ def _report(listening: Listening, as_json: bool) -> None:
             }
         )
         return
-    show.out.print(f"OpenAI API  {url}/v1\nDashboard   {url}/\nCtrl-C stops the node.")
+    show.out.print(f"OpenAI API  {url}/v1\nDashboard   {url}/")
+    if listening.is_under_pod:
+        show.out.print("Clients check the certificate with what `pod ca` prints.")
+    show.out.print("Ctrl-C stops the node.")
 
 
 def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:

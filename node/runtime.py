@@ -73,10 +73,13 @@ LEAVE_ANSWER_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Listening:
-    """What `pod up` reports once the node answers."""
+    """What `pod up` reports once the node answers. `is_under_pod`: HTTPS with a certificate that clients only
+    take when they trust the pod's authority.
+    """
 
     running: RunningNode
     control_addresses: tuple[str, ...]
+    is_under_pod: bool = False
 
 
 class NodeRuntime:
@@ -203,7 +206,8 @@ class NodeRuntime:
                 serving(app, listener, tls=tls, plain=door.plain, grace_s=SHUTDOWN_GRACE_S)
             )
             self._start_tasks()
-            on_listening(Listening(self._running, self._membership.addresses()))
+            is_under_pod = door.certificate is not None and not door.is_strict()
+            on_listening(Listening(self._running, self._membership.addresses(), is_under_pod))
             await self._stopped.wait()
         if self._aside is not None:
             self._home.set_aside(self._aside)

@@ -54,7 +54,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[LocalNode]]
 
 def test_every_node_has_a_certificate_under_the_one_authority(nodes: list[LocalNode], tmp_path: Path) -> None:
     for node in nodes:
-        wait_until(f"{node.member} has a certificate", lambda node=node: has_the_pods(node), 20)
+        wait_until(f"{node.member} has a certificate", lambda node=node: has_the_pods(node), 60)
     exported = [node.pod("ca") for node in nodes]
     assert exported[0] == exported[1] == exported[2]
     ca_file = tmp_path / "pod-ca.pem"
@@ -85,7 +85,7 @@ def test_a_node_that_comes_while_the_owner_is_away_gets_its_certificate_from_an_
     nodes: list[LocalNode], tmp_path: Path
 ) -> None:
     olga, anna, _ = nodes
-    wait_until("anna may sign", lambda: (anna.home / "keys" / "issuer.pem").exists(), 20)
+    wait_until("anna may sign", lambda: (anna.home / "keys" / "issuer.pem").exists(), 60)
     invite = anna.pod("invite")["invite"]
     olga.stop()
     dora = LocalNode("dora", tmp_path / "dora")
@@ -93,7 +93,7 @@ def test_a_node_that_comes_while_the_owner_is_away_gets_its_certificate_from_an_
     try:
         dora.start("join", invite, "--member", "dora", "--node-name", "dora", *EVERYWHERE)
         dora.wait_until_up()
-        wait_until("dora has a certificate", lambda: has_the_pods(dora), 20)
+        wait_until("dora has a certificate", lambda: has_the_pods(dora), 60)
         trust = ssl.create_default_context(cadata=dora.pod("ca")["pem"])
         assert httpx.get(f"{dora.api_url}/healthz", verify=trust, trust_env=False).text == "ok\n"
     finally:
