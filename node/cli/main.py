@@ -42,7 +42,6 @@ from node.cli.options import (
 )
 from node.cli.times import times_tables
 from node.cli.treasury import transfer, treasury_app
-from node.cli.treasury import transfer, treasury_app
 from node.errors import UserError
 from node.settings import (
     DEFAULT_API_ADDRESS,
@@ -63,9 +62,6 @@ app.add_typer(model_app, name="model")
 app.add_typer(key_app, name="key")
 app.add_typer(members_app, name="members")
 app.add_typer(ledger_app, name="ledger")
-app.add_typer(treasury_app, name="treasury")
-# A negative amount is refused in our words, not taken for an option.
-app.command("transfer", context_settings={"ignore_unknown_options": True})(transfer)
 app.add_typer(treasury_app, name="treasury")
 # A negative amount is refused in our words, not taken for an option.
 app.command("transfer", context_settings={"ignore_unknown_options": True})(transfer)
