@@ -339,10 +339,10 @@ class Books:
         record = self._sessions.get((receipt.head, receipt.session))
         return record is not None and record.counts(receipt)
 
-    def covers(self, receipt: Receipt) -> bool:
+    def is_paid(self, receipt: Receipt) -> bool:
         """Whether this receipt counts, or one that outranks it."""
         record = self._sessions.get((receipt.head, receipt.session))
-        return record is not None and record.covers(receipt)
+        return record is not None and record.is_paid(receipt)
 
     def key_spent_microcredits(self, member: bytes, key_id: bytes) -> int:
         """What the member's API key has paid so far, at all gateways."""

@@ -316,10 +316,10 @@ class Ledger:
         with self._lock:
             return self._books.counts(receipt)
 
-    def covers(self, receipt: Receipt) -> bool:
+    def is_paid(self, receipt: Receipt) -> bool:
         """Whether this receipt counts, or a higher one of its stage: then there is nothing to claim."""
         with self._lock:
-            return self._books.covers(receipt)
+            return self._books.is_paid(receipt)
 
     def covers(self, receipt: Receipt) -> bool:
         """Whether its head holds as much of the payer's credit as this receipt alone asks for."""

@@ -118,7 +118,7 @@ class SessionRecord:
         counted = self.receipts.get((receipt.stage_index, receipt.stage))
         return counted is not None and counted.receipt == receipt
 
-    def covers(self, receipt: Receipt) -> bool:
+    def is_paid(self, receipt: Receipt) -> bool:
         """Whether this receipt counts, or one that outranks it: it would add nothing."""
         counted = self.receipts.get((receipt.stage_index, receipt.stage))
         return counted is not None and receipt_rank(counted.receipt) >= receipt_rank(receipt)

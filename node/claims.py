@@ -114,7 +114,7 @@ def _covers(receipt: Receipt, ledger: Ledger) -> bool:
 
 
 def _verdict(signed: SignedReceipt, is_overdue: bool, ledger: Ledger) -> _Verdict:
-    if ledger.covers(signed.receipt):
+    if ledger.is_paid(signed.receipt):
         return _Verdict.FORGET
     summary = ledger.session(signed.receipt.head, signed.receipt.session)
     match summary.state if summary is not None else None:
