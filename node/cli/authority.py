@@ -27,11 +27,12 @@ def ca(
     return None
 
 
-def https_text(shown: Any) -> str:
-    """One line about a gateway's certificate."""
+def https_text(shown: Any, authority_sha256: str) -> str:
+    """About a gateway's certificate: where it is from, until when, and both fingerprints."""
     source = {"pod": "under the pod's authority (`pod ca`)", "given": "as given"}.get(
         shown["source"], "self-signed"
     )
     note = f"; {shown['note']}" if shown["note"] else ""
     until = show.time_text(shown["not_after_ms"])[:10]
-    return f"HTTPS {source} until {until}{note}\nSHA-256 {shown['fingerprint_sha256']}"
+    authority = f"\nauthority   SHA-256 {authority_sha256}" if shown["source"] == "pod" else ""
+    return f"HTTPS {source} until {until}{note}\ncertificate SHA-256 {shown['fingerprint_sha256']}{authority}"

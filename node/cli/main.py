@@ -267,7 +267,7 @@ def status(as_json: AsJson = False) -> None:
         f"Pod [bold]{result['pod']['name']}[/]  node [bold]{node['name']}[/] of {node['member']}: {state}"
     )
     if node["https"]:
-        show.out.print(https_text(node["https"]), markup=False)
+        show.out.print(https_text(node["https"], result["pod"]["authority_sha256"]), markup=False)
     show.table(
         ("node", "member", "live", "device", "layers", "address"),
         [

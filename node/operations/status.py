@@ -6,6 +6,7 @@ from node.books_view import member_name, model_name, node_name
 from node.office import Office
 from node.operations.arguments import Arguments, Result, TellProgress
 from node.time_view import request_rows, time_per_token
+from node.tls.certificates import fingerprint_of_der
 
 
 async def status(office: Office, _arguments: Arguments, _tell: TellProgress) -> Result:
@@ -38,7 +39,11 @@ async def status(office: Office, _arguments: Arguments, _tell: TellProgress) -> 
         )
     own = office.membership.node_id
     return {
-        "pod": {"id": roster.pod.hex(), "name": roster.name},
+        "pod": {
+            "id": roster.pod.hex(),
+            "name": roster.name,
+            "authority_sha256": fingerprint_of_der(roster.authority_der) if roster.authority_der else "",
+        },
         "node": {
             "id": own.hex(),
             "name": node_name(roster, own),

@@ -6,6 +6,7 @@ fresh keys and serial numbers; who may have what signed, `authority.py` decides.
 from __future__ import annotations
 
 import datetime
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,8 +210,12 @@ def not_after_ms(certificate: x509.Certificate) -> int:
 
 
 def fingerprint(certificate: x509.Certificate) -> str:
+    return fingerprint_of_der(certificate.public_bytes(Encoding.DER))
+
+
+def fingerprint_of_der(der: bytes) -> str:
     """SHA-256 as browsers show it: pairs of hex digits with colons."""
-    return certificate.fingerprint(hashes.SHA256()).hex(":").upper()
+    return hashlib.sha256(der).digest().hex(":").upper()
 
 
 def _read_request(csr: bytes) -> x509.CertificateSigningRequest:

@@ -57,6 +57,7 @@ def test_every_node_has_a_certificate_under_the_one_authority(nodes: list[LocalN
         wait_until(f"{node.member} has a certificate", lambda node=node: has_the_pods(node), 60)
     exported = [node.pod("ca") for node in nodes]
     assert exported[0] == exported[1] == exported[2]
+    assert nodes[2].pod("status")["pod"]["authority_sha256"] == exported[0]["fingerprint_sha256"]
     ca_file = tmp_path / "pod-ca.pem"
     ca_file.write_text(exported[0]["pem"])
     trust = ssl.create_default_context(cafile=str(ca_file))
