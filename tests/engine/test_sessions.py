@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ledger.entry import DisputeReason
+from ledger.rate_card import DEFAULT_RATE_CARD
 from ledger.receipt import SignedReceipt
 from node.engine import admission as admission_module
 from node.engine import engine as engine_module
@@ -24,6 +25,7 @@ from node.engine.endings import MAX_UNSIGNED_MS
 from node.engine.engine import MAX_NUM_ENTRIES_PER_STEP
 from node.engine.events import ReceiptHeld, WorkDisputed
 from node.engine.inbox import Inbox
+from node.engine.messages import MAX_NUM_RATE_CARDS
 from node.engine.meter import MAX_NUM_UNSIGNED_FIRST_TOKENS, MAX_NUM_UNSIGNED_TOKENS
 from node.engine.scheduler import StepLimits
 from node.links.frames import (
@@ -287,6 +289,19 @@ def test_a_bad_opening_is_refused_with_its_reason(llama: TinyModel, name: str) -
         assert heard.errors[0].code is code
         assert words in heard.errors[0].message
         assert ring.all_kv_free()
+
+
+def test_a_stage_accepts_the_newest_rate_cards_and_no_older_one(llama: TinyModel) -> None:
+    """An old cheaper card is a discount that a head would give itself."""
+    cards = [replace(DEFAULT_RATE_CARD, version=version) for version in range(2, 2 + MAX_NUM_RATE_CARDS)]
+    with Ring(llama.package) as ring:
+        for card in cards[:-1]:
+            ring.engines[0].set_rate_card(card)
+        assert not ring.open(ring.opening(PROMPT, GREEDY)).errors
+        ring.engines[0].set_rate_card(cards[-1])
+        heard = ring.open(ring.opening(PROMPT, GREEDY))
+        assert heard.errors[0].code is ErrorCode.UNKNOWN_SHARD
+        assert not ring.open(replace(ring.opening(PROMPT, GREEDY), rate_card_version=2)).errors
 
 
 def test_only_its_head_may_steer_a_session(llama: TinyModel) -> None:
