@@ -254,6 +254,7 @@ def _catch_up(bench: Bench, num_entries: int) -> None:
                 time.sleep(LOOK_EVERY_S)
                 num_here = _num_entries(second)
             taken_s = time.monotonic() - started_s
+            cpu_s = [_used_s(node) for node in (first, second)]
         finally:
             second.stop()
             first.stop()
@@ -268,7 +269,8 @@ def _catch_up(bench: Bench, num_entries: int) -> None:
             (taken_s,),
             "",
             goal=Goal(60 * num_entries / 100_000, at_least=False, of_ratio=False),
-            note=f"two processes, libp2p; {num_at_start} were there when its API answered",
+            note=f"two processes, libp2p; {num_at_start} were there when its API answered; "
+            f"{cpu_s[0]:.0f} s of CPU there, {cpu_s[1]:.0f} s here, with their starts",
         )
     )
 
@@ -297,6 +299,12 @@ def _num_entries(node: pods.Node) -> int:
             if "result" in message:
                 return int(message["result"]["num_entries"])
     return 0
+
+
+def _used_s(node: pods.Node) -> float:
+    assert node.process is not None
+    used = psutil.Process(node.process.pid).cpu_times()
+    return float(used.user + used.system)
 
 
 def _cpu_s(work: Callable[[], object]) -> float:
