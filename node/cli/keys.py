@@ -66,21 +66,22 @@ def key_ls(as_json: AsJson = False) -> None:
     if as_json:
         return show.print_json(result)
     return show.table(
-        ("id", "name", "models", "limits", "spent", "created", "expires", "state"),
+        ("id", "name", "models", "cap", "rpm", "tpm", "spent", "expires", "state"),
         [
             (
                 k["key_id"],
                 k["name"],
                 ", ".join(k["models"]) or "all",
-                _limits_text(k),
+                f"{k['cap_microcredits'] // 1_000_000:,}" if k["cap_microcredits"] else "-",
+                f"{k['rpm']:,}" if k["rpm"] else "-",
+                f"{k['tpm']:,}" if k["tpm"] else "-",
                 show.credits_text(k["spent_microcredits"]),
-                show.time_text(k["created_ms"]),
-                show.time_text(k["expires_ms"]) if k["expires_ms"] else "never",
+                show.time_text(k["expires_ms"])[:10] if k["expires_ms"] else "never",
                 k["state"],
             )
             for k in result["keys"]
         ],
-        right=frozenset({"spent"}),
+        right=frozenset({"cap", "rpm", "tpm", "spent"}),
     )
 
 
