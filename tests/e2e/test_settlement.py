@@ -266,7 +266,7 @@ def test_cut_streams_are_charged_at_what_was_delivered(fresh_pod: LocalPod) -> N
         places = asyncio.Semaphore(NUM_AT_ONCE)
 
         async def run(cut: Cut) -> None:
-            async with places, asyncio.timeout(60):
+            async with places, asyncio.timeout(120):
                 await cut.run()
 
         async with asyncio.TaskGroup() as group:
@@ -289,8 +289,9 @@ def test_cut_streams_are_charged_at_what_was_delivered(fresh_pod: LocalPod) -> N
     _all_meters_agree(fresh_pod, books[0])
     num_whole = sum(cut.is_whole for cut in cuts.values())
     num_unread = sum(cut.num_read == 0 for cut in cuts.values())
-    assert num_whole < NUM_CUT_STREAMS / 4
-    assert 0 < num_unread < NUM_CUT_STREAMS / 2
+    # How many, is a matter of the machine; but there were enough of each kind.
+    assert num_whole < 0.6 * NUM_CUT_STREAMS
+    assert 0 < num_unread < 0.75 * NUM_CUT_STREAMS
 
 
 def _all_meters_agree(pod: LocalPod, books: Any) -> None:
