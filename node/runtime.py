@@ -564,13 +564,12 @@ class NodeRuntime:
     async def _tell_rate_cards(self, engine: EngineClient, cards: tuple[RateCard, ...]) -> None:
         """The one in force last."""
         self._told_cards = cards
-        try:
-            for card in cards:
+        for card in cards:
+            try:
                 await engine.set_rate_card(card.encode())
-        except EngineError as error:
-            # A restarting engine is given what it was told before, and the newest with the next change.
-            self._told_cards = ()
-            log.info("the engine was not told of a new rate card: %s", error)
+            except EngineError as error:
+                # A restarting engine is told when it is back.
+                log.info("the engine was not told of rate card %s: %s", card.name, error)
 
     async def _check_claims(self) -> None:
         while True:
