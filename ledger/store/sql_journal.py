@@ -5,6 +5,7 @@ A path of a damaged or foreign database ends in one clear JournalError; nothing 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -16,6 +17,8 @@ from ledger.store import schema
 
 _READ_AHEAD = 1_000
 _WRITE_AT_ONCE = 1_000
+# The server may need a moment to see that a killed node is gone.
+_LOCK_WAIT_S = 5.0
 
 _metadata = sa.MetaData()
 _entries = sa.Table(
@@ -64,12 +67,14 @@ class SqlJournal:
         if self._engine.dialect.name != "postgresql":
             return
         self._lock = self._engine.connect()
-        is_ours = self._lock.scalar(sa.select(sa.func.pg_try_advisory_lock(_LOCK_NUMBER)))
+        deadline_s = time.monotonic() + _LOCK_WAIT_S
+        while not self._lock.scalar(sa.select(sa.func.pg_try_advisory_lock(_LOCK_NUMBER))):
+            if time.monotonic() > deadline_s:
+                raise JournalError(
+                    "another gpu-pod node uses this database now; each node needs a database of its own"
+                )
+            time.sleep(0.05)
         self._lock.commit()
-        if not is_ours:
-            raise JournalError(
-                "another gpu-pod node uses this database now; each node needs a database of its own"
-            )
 
     def _claim(self, pod: bytes, to_read: bool) -> None:
         with self._engine.begin() as connection:

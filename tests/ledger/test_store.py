@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from ledger.journal import JournalError
 from ledger.ledger import Ledger
-from ledger.store import schema
+from ledger.store import schema, sql_journal
 from ledger.store.sql_journal import SqlJournal
 from tests.ledger.postgresql import Cluster
 from tests.ledger.test_journal_contract import record
@@ -102,7 +102,8 @@ def test_a_reader_makes_no_schema(postgresql: Cluster) -> None:
         SqlJournal(postgresql.new_database(), POD, to_read=True)
 
 
-def test_two_nodes_do_not_share_a_database(postgresql: Cluster) -> None:
+def test_two_nodes_do_not_share_a_database(postgresql: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sql_journal, "_LOCK_WAIT_S", 0.1)
     url = postgresql.new_database()
     first = SqlJournal(url, POD)
     with pytest.raises(JournalError, match="another gpu-pod node uses this database"):
