@@ -57,6 +57,7 @@ class Liar:
             self._settle_wrong_sums,
             self._sign_above_the_work,
             self._claim_unsigned_work,
+            self._claim_unsigned_work,
             self._collude,
             self._hold_too_little,
             self._hold_too_little,
@@ -172,10 +173,9 @@ class Liar:
         self._tell_raws(*chosen)
 
     def _write_for_a_foreign_pod(self) -> None:
-        key = self._node.key
-        entry = sign_entry(
-            b"Q" * 32, key.public, 0, FIRST_PREV_HASH, self._node.now_ms(), Issued(5), key.sign
-        )
+        key, now_ms = self._node.key, self._node.now_ms()
+        body = Disputed(bytes(16), DisputeReason.TERMS)
+        entry = sign_entry(b"Q" * 32, key.public, 0, FIRST_PREV_HASH, now_ms, body, key.sign)
         session = self._session(self._node)
         foreign = self._signed(session, Work(10, 0, 5), pod=b"Q" * 32)
         hold = self._next(self._simulation.hold(self._node, session))
@@ -269,7 +269,10 @@ class Liar:
             head = self._simulation.nodes[self._simulation.numbers[hold.author]]
             receipt = self._simulation.receipt(head, session, 0, Work(10, 0, 3))
             forged = SignedReceipt(receipt, self._node.key.sign(b"not the head"))
-        self._tell_forbidden(self._next(ReceiptClaimed(forged)))
+        # With the head's entries, so that it is not the missing hold that gives it away.
+        claim = self._next(ReceiptClaimed(forged))
+        self._simulation.truth.forbidden.add(claim.hash)
+        self._tell_raws(*self._node.ledger.missing({}, 1 << 30)[0], claim.raw)
 
     def _collude(self) -> None:
         """Work that nobody did, paid by its own member to an accomplice."""
