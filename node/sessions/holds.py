@@ -6,15 +6,19 @@ Knows the ledger and what an attempt gave; routes and stages are the opener's bu
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Coroutine
 from typing import Any
 
 from ledger.entry import HoldSettled, HoldVoided, VoidReason
+from ledger.journal import JournalError
 from ledger.ledger import LedgerError
-from node.gateway.backend import Usage
+from node.gateway.backend import GenerationFailed, Usage
 from node.ledger_thread import LedgerThread
 from node.sessions.attempt import Attempt
 from node.sessions.terms import SessionTerms
+
+log = logging.getLogger(__name__)
 
 
 class Holds:
@@ -24,13 +28,18 @@ class Holds:
         self._endings: set[asyncio.Task[Usage]] = set()
 
     async def open(self, terms: SessionTerms) -> None:
-        """Open the hold. Whoever stops waiting leaves none open: what was queued is written, then voided."""
+        """Open the hold. Whoever stops waiting leaves none open: what was queued is written, then voided.
+
+        Raises GenerationFailed when the books cannot be written.
+        """
         opening = asyncio.ensure_future(self._ledger.append(terms.hold()))
         try:
             await asyncio.shield(opening)
         except asyncio.CancelledError:
             await self._own(self._void_after(opening, terms.session))
             raise
+        except JournalError as error:
+            raise _unwritable(error) from None
 
     async def _void_after(self, opening: asyncio.Future[Any], session: bytes) -> Usage:
         await asyncio.wait([opening])
@@ -66,6 +75,8 @@ class Holds:
             )
             await self._settle(settled)
             return Usage(num_prompt_tokens, num_cached_tokens, num_output_tokens)
+        except JournalError as error:
+            raise _unwritable(error) from None
         finally:
             attempt.release()
 
@@ -100,3 +111,9 @@ class Holds:
         """Wait for endings that are being written."""
         if self._endings:
             await asyncio.wait(set(self._endings), timeout=timeout_s)
+
+
+def _unwritable(error: JournalError) -> GenerationFailed:
+    """The log says why; a client is told nothing of databases."""
+    log.error("a request cannot be written down: %s", error)
+    return GenerationFailed("this node cannot write its books now; ask another node or try again later")
