@@ -26,6 +26,7 @@ demo: setup
 
 test: setup
 	@sh tests/browser/install-chromium.sh
+	@sh tests/ledger/install-postgresql.sh
 	@# Two runs at once: what starts whole pods in one, everything else in the other.
 	@mkdir -p artefacts; \
 	$(BIN)/python -m pytest -o cache_dir=.pytest_cache/units --ignore tests/compose --ignore tests/e2e >artefacts/units.log 2>&1 & units=$$!; \

@@ -25,6 +25,7 @@ SECTIONS = {
     "emulated": "benchmarks.emulated",
     "memory": "benchmarks.memory",
     "start": "benchmarks.startup",
+    "ledger": "benchmarks.ledger",
 }
 
 

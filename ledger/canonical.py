@@ -1,7 +1,7 @@
 """Canonical CBOR of integers, bytes, maps with small integer keys, and lists: every record has one encoding.
 
 It knows nothing of what the records mean. Hostile bytes are bounded before they are parsed, no CBOR tag is
-ever interpreted, and the caller compares its own encoding of what it read with the bytes it was given.
+ever interpreted, and what was read is encoded again and compared with the bytes it was given.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import cbor2
 
 MAX_UINT = 2**63 - 1
 _MAX_DEPTH = 6
+_NESTED = (dict, list)
 
 Value = Union[int, bytes, "list[Value]", "dict[int, Value]"]
 
@@ -36,8 +37,11 @@ def encode(fields: Sequence[Value] | Mapping[int, Value]) -> bytes:
     return cbor2.dumps(mapping)
 
 
-def decode(raw: bytes, max_num_bytes: int) -> FieldReader:
-    """Parse one map. The caller must still compare its re-encoding with `raw`."""
+def decode(raw: bytes, max_num_bytes: int, *, was_checked: bool = False) -> FieldReader:
+    """Parse one map; raise CanonicalError unless its own encoding, with the keys 0, 1, 2, ..., is `raw`.
+
+    `was_checked`: these very bytes were compared before.
+    """
     if len(raw) > max_num_bytes:
         raise CanonicalError(f"{len(raw)} bytes, at most {max_num_bytes} are allowed")
     try:
@@ -52,9 +56,22 @@ def decode(raw: bytes, max_num_bytes: int) -> FieldReader:
                 tag_hook=_refuse,
             ),
         )
+        is_canonical = was_checked or cbor2.dumps(_as_we_write(value)) == raw
     except (cbor2.CBORError, ValueError, TypeError, OverflowError) as error:
         raise CanonicalError(f"not canonical CBOR: {error}") from error
-    return FieldReader(value)
+    if not is_canonical:
+        raise CanonicalError("not in canonical form")
+    return FieldReader(value, was_checked)
+
+
+def _as_we_write(value: Value) -> Value:
+    """The same with the keys every map of ours has. What is no integer or bytes, FieldReader refuses."""
+    if type(value) is dict:
+        items = enumerate(value.values())
+        return {key: _as_we_write(item) if type(item) in _NESTED else item for key, item in items}
+    if type(value) is list:
+        return [_as_we_write(item) if type(item) in _NESTED else item for item in value]
+    return value
 
 
 def fields(*values: Value) -> dict[int, Value]:
@@ -65,10 +82,12 @@ def fields(*values: Value) -> dict[int, Value]:
 class FieldReader:
     """Typed access to the fields of a decoded map; a wrong type, size or number of fields is an error."""
 
-    def __init__(self, value: Value) -> None:
+    def __init__(self, value: Value, was_checked: bool = False) -> None:
+        """`was_checked`: as the map it is from, and so is every record inside it."""
         if type(value) is not dict:
             raise CanonicalError("a map is expected")
         self._fields = value
+        self.was_checked = was_checked
 
     def expect_num_fields(self, num_fields: int) -> None:
         if len(self._fields) != num_fields:
@@ -93,7 +112,7 @@ class FieldReader:
         return value
 
     def reader(self, key: int) -> FieldReader:
-        return FieldReader(self._fields.get(key, 0))
+        return FieldReader(self._fields.get(key, 0), self.was_checked)
 
     def raws(self, key: int, max_num_items: int, max_num_bytes: int) -> tuple[bytes, ...]:
         value = self._fields.get(key)

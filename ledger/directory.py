@@ -6,6 +6,7 @@ entries stay in the books. Only then do all replicas decide the same about the s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from ledger.entry import HoldOpened
@@ -25,5 +26,10 @@ class Directory(Protocol):
     def may_charge(self, node: bytes, hold: HoldOpened) -> bool:
         """Whether `hold.authorization` shows that the payer lets this node open this hold."""
 
-    def rate_card(self, version: int) -> RateCard | None:
-        """The published rate card of that version."""
+    def rate_cards(self, version: int) -> Sequence[RateCard]:
+        """The published rate cards of that version: none when it is not known, else one, for good.
+
+        A version depends on what its card says. There is more than one only when somebody with the right to
+        publish searched for a second card with the same version. Entries with the price of either are sound
+        then, everywhere. There may come to be more later, never fewer.
+        """

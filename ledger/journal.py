@@ -6,7 +6,7 @@ Two entries with one author and index (a fork) are both kept: together they are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -33,7 +33,7 @@ class Record:
 
 
 class Journal(Protocol):
-    def write(self, records: Sequence[Record]) -> None:
+    def write(self, records: Iterable[Record]) -> None:
         """Append all or, on JournalError, nothing. Durable on return. The caller writes no hash twice."""
 
     def iterate(self) -> Iterator[Record]:

@@ -15,6 +15,7 @@ from ledger import sync
 from ledger.books import Books, MemberTotals, SessionSummary, UnknownPartyError
 from ledger.chains import MAX_NUM_BRANCHES, Chain, Fork, Tip
 from ledger.directory import Directory
+from ledger.dividends import Period
 from ledger.entry import (
     FIRST_PREV_HASH,
     Body,
@@ -27,12 +28,14 @@ from ledger.entry import (
     sign_entry,
 )
 from ledger.ingest import Draft, IngestResult
-from ledger.journal import Journal, Record
+from ledger.journal import Journal, JournalError, Record
+from ledger.key_use import KeyUse
 from ledger.memory_journal import MemoryJournal
 from ledger.receipt import Receipt, Sign
 from ledger.rules import EntryRefused, check_entry
 from ledger.session_record import Hold
 from ledger.store.sql_journal import SqlJournal
+from ledger.treasury import TreasuryTotals
 from ledger.verify import Violation, verify_journal
 
 MEMORY_URL = "memory:"
@@ -60,6 +63,7 @@ class Ledger:
         self._sign = sign
         self._clock_ms = clock_ms
         self._lock = RLock()
+        self._is_uncertain = False
         self._replay()
 
     @classmethod
@@ -97,6 +101,7 @@ class Ledger:
                 self._books.apply(decode_entry(record.raw, was_checked=True))
             except (EntryError, UnknownPartyError):
                 self._num_not_applied += 1
+        self._books.sort_recent()
 
     def rebuild(self) -> None:
         """Make the books anew from the journal, e.g. after the directory learned of more nodes."""
@@ -111,6 +116,8 @@ class Ledger:
     def append(self, body: Body) -> Entry:
         """Sign, store and apply this node's next entry. Raises LedgerError or JournalError."""
         with self._lock:
+            self._learn_what_was_written()
+            self._learn_rate_cards()
             chain = self._chain(self._author)
             if chain.is_forked:
                 raise LedgerError(
@@ -123,12 +130,27 @@ class Ledger:
                 entry = sign_entry(
                     self._pod, self._author, index, prev_hash, self._clock_ms(), body, self._sign
                 )
-                check_entry(entry, self._pod, self._directory, self._books.holds_of)
+                check_entry(entry, self._pod, self._directory, self._books.holds_of, is_signed_here=True)
             except (EntryError, EntryRefused) as error:
                 raise LedgerError(f"{type(body).__name__} refused: {error}") from error
             self._commit([entry])
             chain.extend(entry.index, entry.hash, entry.prev_hash)
             return entry
+
+    def _learn_what_was_written(self) -> None:
+        """After a failed write: a server that was lost while it committed may hold the entries all the same.
+
+        Who went on without looking would write a second entry in the place of the first.
+        """
+        if self._is_uncertain:
+            if self._journal.num_entries() != self._num_entries:
+                self._replay()
+            self._is_uncertain = False
+
+    def _learn_rate_cards(self) -> None:
+        """Only where a rate card's version was given a second content does anything change here."""
+        if self._books.has_stale_cards():
+            self._replay()
 
     def _check_hold_is_unresolved(self, body: Body) -> None:
         match body:
@@ -142,7 +164,11 @@ class Ledger:
                 pass
 
     def _commit(self, entries: Sequence[Entry]) -> None:
-        self._journal.write([Record.of(entry) for entry in entries])
+        try:
+            self._journal.write([Record.of(entry) for entry in entries])
+        except JournalError:
+            self._is_uncertain = True
+            raise
         self._num_entries += len(entries)
         for entry in entries:
             self._books.apply(entry)
@@ -153,6 +179,8 @@ class Ledger:
         An entry that breaks a rule or lacks its predecessor is refused by itself. Raises JournalError.
         """
         with self._lock:
+            self._learn_what_was_written()
+            self._learn_rate_cards()
             draft = Draft(self._pod, self._directory, self._journal, self._books, self._chains, self._rewinds)
             draft.offer_all(raws)
             self._commit(draft.accepted)
@@ -189,6 +217,27 @@ class Ledger:
                 {author: chain.sorted_tips() for author, chain in self._chains.items() if chain.tips}
             )
 
+    def last_entry(self, author: bytes) -> bytes:
+        """The end of the author's longest branch; empty when nothing of it is here."""
+        with self._lock:
+            chain = self._chains.get(author)
+            last = chain.last if chain is not None else None
+            if last is None:
+                return b""
+            records = self._journal.read_range(author, last.index, MAX_NUM_BRANCHES + 1)
+            return next(record.raw for record in records if record.hash == last.hash)
+
+    def is_own_but_unknown(self, raw: bytes) -> bool:
+        """Whether this is proof that this node's journal goes on where this ledger ends, or beside it."""
+        try:
+            entry = decode_entry(raw)
+        except EntryError:
+            return False
+        if (entry.pod, entry.author) != (self._pod, self._author) or not entry.is_signed_by_author():
+            return False
+        with self._lock:
+            return entry.hash not in self._journal.hashes_at(self._author, entry.index)
+
     def num_entries(self) -> int:
         with self._lock:
             return self._num_entries
@@ -213,6 +262,11 @@ class Ledger:
         with self._lock:
             chain = self._chains.get(author)
             return chain is not None and chain.is_forked
+
+    def frozen_authors(self) -> frozenset[bytes]:
+        """All of whom two histories are here, each with its proof in `forks`."""
+        with self._lock:
+            return frozenset(author for author, chain in self._chains.items() if chain.is_forked)
 
     # Reading
 
@@ -239,14 +293,61 @@ class Ledger:
         with self._lock:
             return self._books.open_holds(self._clock_ms())
 
+    def key_spent_microcredits(self, member: bytes, key_id: bytes) -> int:
+        """What the member's API key has paid so far, at all gateways."""
+        with self._lock:
+            return self._books.key_spent_microcredits(member, key_id)
+
+    def num_key_sessions_since(self, member: bytes, key_id: bytes, since_ms: int) -> int:
+        with self._lock:
+            return self._books.num_key_sessions_since(member, key_id, since_ms)
+
+    def key_use(self, member: bytes, key_id: bytes, since_ms: int, known_from_ms: int = 0) -> KeyUse:
+        """What the key has paid and holds at all gateways, and its sessions since then.
+
+        Not those that this node began or settled from `known_from_ms` on.
+        """
+        with self._lock:
+            now_ms = self._clock_ms()
+            return self._books.key_use(member, key_id, now_ms, since_ms, self._author, known_from_ms)
+
     def counts(self, receipt: Receipt) -> bool:
-        """Whether this receipt counts: a stage need not claim what is settled."""
+        """Whether this receipt is the one that counts for its stage."""
         with self._lock:
             return self._books.counts(receipt)
+
+    def is_paid(self, receipt: Receipt) -> bool:
+        """Whether this receipt counts, or a higher one of its stage: then there is nothing to claim."""
+        with self._lock:
+            return self._books.is_paid(receipt)
+
+    def covers(self, receipt: Receipt) -> bool:
+        """Whether its head holds as much of the payer's credit as this receipt alone asks for."""
+        with self._lock:
+            holds = self._books.holds_of(receipt.head, receipt.session)
+        payer = (receipt.payer, receipt.key_id)
+        return any(
+            (hold.payer, hold.key_id) == payer and hold.amount_microcredits >= receipt.amount_microcredits
+            for hold in holds
+        )
 
     def member_totals(self) -> dict[bytes, MemberTotals]:
         with self._lock:
             return self._books.member_totals()
+
+    def treasury(self) -> TreasuryTotals:
+        with self._lock:
+            return self._books.treasury()
+
+    def dividend_periods(self) -> list[Period]:
+        """The periods that have something to divide, newest first."""
+        with self._lock:
+            return self._books.dividend_periods()
+
+    def transferable_microcredits(self, member: bytes) -> int:
+        """How much more of this member's credit transfers can move, whatever its balance is."""
+        with self._lock:
+            return self._books.transferable_microcredits(member)
 
     def recent_sessions(self, limit: int) -> list[SessionSummary]:
         with self._lock:

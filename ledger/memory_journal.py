@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from ledger.journal import JournalError, Record
 
@@ -14,7 +14,8 @@ class MemoryJournal:
         self._by_hash: dict[bytes, Record] = {}
         self._places: dict[bytes, list[tuple[int, bytes]]] = {}
 
-    def write(self, records: Sequence[Record]) -> None:
+    def write(self, records: Iterable[Record]) -> None:
+        records = tuple(records)
         hashes = {record.hash for record in records}
         if len(hashes) < len(records) or hashes & self._by_hash.keys():
             raise JournalError("an entry is already in the journal")

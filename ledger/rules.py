@@ -7,7 +7,7 @@ The order of the checks is cheap before expensive: signatures come last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from ledger.directory import Directory
 from ledger.entry import (
@@ -33,12 +33,17 @@ class EntryRefused(Exception):
     """The entry breaks a rule; the message is one line that says which."""
 
 
-def check_entry(entry: Entry, pod: bytes, directory: Directory, holds_of: HoldsOf) -> None:
-    """Raise EntryRefused unless the entry may count. Its place in the chain is checked elsewhere."""
+def check_entry(
+    entry: Entry, pod: bytes, directory: Directory, holds_of: HoldsOf, *, is_signed_here: bool = False
+) -> None:
+    """Raise EntryRefused unless the entry may count. Its place in the chain is checked elsewhere.
+
+    `is_signed_here`: this process made the author's signature a moment ago.
+    """
     _require(entry.pod == pod, "it belongs to another pod")
     _require(directory.member_of_node(entry.author) is not None, "its author is not a node of this pod")
     _check_body(entry, directory, holds_of)
-    _require(entry.is_signed_by_author(), "signature does not match")
+    _require(is_signed_here or entry.is_signed_by_author(), "signature does not match")
     for signed, must_be_co_signed in _receipts_of(entry):
         _check_signatures(signed, must_be_co_signed)
 
@@ -49,7 +54,7 @@ def _check_body(entry: Entry, directory: Directory, holds_of: HoldsOf) -> None:
         case AccountOpened():
             may_open = directory.may_act_for(entry.author, body.member) or directory.may_issue(entry.author)
             _require(may_open, "its author may not open this account")
-            _card(directory, body.rate_card_version)
+            _cards(directory, body.rate_card_version)
         case Issued():
             _require(directory.may_issue(entry.author), "its author may not issue credit")
             _require(body.amount_microcredits > 0, "the amount is not above zero")
@@ -61,7 +66,7 @@ def _check_body(entry: Entry, directory: Directory, holds_of: HoldsOf) -> None:
         case HoldOpened():
             _require(body.amount_microcredits > 0, "the hold's amount is not above zero")
             _require(body.expires_at_ms > entry.time_ms, "the hold expires before it opens")
-            _card(directory, body.rate_card_version)
+            _cards(directory, body.rate_card_version)
             _require(_may_charge(entry, body, directory), "its author may not charge this payer")
         case HoldSettled():
             _check_settlement(entry, body, directory, holds_of(entry.author, body.session))
@@ -109,8 +114,9 @@ def _check_receipt(receipt: Receipt, pod: bytes, directory: Directory) -> None:
     _require(receipt.pod == pod, "a receipt belongs to another pod")
     _require(directory.member_of_node(receipt.head) is not None, "a receipt's head is not of this pod")
     _require(directory.member_of_node(receipt.stage) is not None, "a receipt's stage is not of this pod")
-    amount = expected_amount(receipt, _card(directory, receipt.rate_card_version))
-    _require(receipt.amount_microcredits == amount, "a receipt's amount is not the price of its counts")
+    cards = _cards(directory, receipt.rate_card_version)
+    is_priced = any(expected_amount(receipt, card) == receipt.amount_microcredits for card in cards)
+    _require(is_priced, "a receipt's amount is not the price of its counts")
 
 
 def _check_signatures(signed: SignedReceipt, must_be_co_signed: bool) -> None:
@@ -138,11 +144,10 @@ def _receipts_of(entry: Entry) -> list[tuple[SignedReceipt, bool]]:
             return []
 
 
-def _card(directory: Directory, version: int) -> RateCard:
-    card = directory.rate_card(version)
-    if card is None:
-        raise EntryRefused(f"rate card {version} is not known")
-    return card
+def _cards(directory: Directory, version: int) -> Sequence[RateCard]:
+    cards = directory.rate_cards(version)
+    _require(bool(cards), f"rate card {version} is not known")
+    return cards
 
 
 def _require(is_fulfilled: bool, reason: str) -> None:

@@ -61,10 +61,14 @@ class Resolution:
 
 @dataclass(frozen=True, slots=True)
 class Payment:
-    """What a receipt moves from its payer: never more than the hold leaves room for."""
+    """What a receipt moves from its payer: never more than the hold leaves room for.
+
+    `opened_ms` is when the hold was opened; None without one, and then the amount is 0.
+    """
 
     receipt: Receipt
     amount_microcredits: int
+    opened_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,11 @@ class SessionRecord:
         counted = self.receipts.get((receipt.stage_index, receipt.stage))
         return counted is not None and counted.receipt == receipt
 
+    def is_paid(self, receipt: Receipt) -> bool:
+        """Whether this receipt counts, or one that outranks it: it would add nothing."""
+        counted = self.receipts.get((receipt.stage_index, receipt.stage))
+        return counted is not None and receipt_rank(counted.receipt) >= receipt_rank(receipt)
+
     def payments(self) -> dict[tuple[int, bytes], Payment]:
         """What each counting receipt pays: its amount, or its share when all together exceed the hold.
 
@@ -127,7 +136,11 @@ class SessionRecord:
             hold, total = self.holds.get(_payer(signed.receipt)), totals[_payer(signed.receipt)]
             limit = hold.amount_microcredits if hold is not None else 0
             amount = signed.receipt.amount_microcredits
-            payments[place] = Payment(signed.receipt, amount if total <= limit else amount * limit // total)
+            payments[place] = Payment(
+                signed.receipt,
+                amount if total <= limit else amount * limit // total,
+                hold.opened_ms if hold is not None else None,
+            )
         return payments
 
     def state(self, now_ms: int) -> SessionState:

@@ -66,6 +66,16 @@ def node_name(roster: Roster, node: bytes) -> str:
     return known.name if known is not None else node.hex()[:8]
 
 
+def frozen_names(ledger: Ledger, roster: Roster) -> list[str]:
+    """Nodes that signed two histories, `node (member)`: their entries are proof, no work goes to them."""
+    names = []
+    for node in ledger.frozen_authors():
+        known = roster.nodes.get(node) or roster.former_nodes.get(node)
+        owner = member_name(roster, known.member) if known is not None else "unknown"
+        names.append(f"{node_name(roster, node)} ({owner})")
+    return sorted(names)
+
+
 def model_name(roster: Roster, model: bytes) -> str:
     return next((known.name for known in roster.models.values() if known.id == model), model.hex()[:12])
 

@@ -28,6 +28,8 @@ _POD_FILES = (
     "roster.log",
     "peers.json",
     "plan.cbor",
+    "database",
+    "restored",
     "ledger.sqlite*",
     "node.log*",
     "engine.log",
@@ -36,11 +38,15 @@ _POD_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class RunningNode:
-    """What a running node writes down so that `pod` commands on the same machine can reach it."""
+    """What a running node writes down so that `pod` commands on the same machine can reach it.
+
+    `api_url` is what others use; `local_url` the same over plain HTTP, on loopback only.
+    """
 
     pid: int
     api_url: str
     local_token: str
+    local_url: str = ""
 
 
 class PodHome:
@@ -64,6 +70,10 @@ class PodHome:
         return self.path / "models"
 
     @property
+    def roster_file(self) -> Path:
+        return self.path / "roster.log"
+
+    @property
     def plan_file(self) -> Path:
         return self.path / "plan.cbor"
 
@@ -72,8 +82,23 @@ class PodHome:
         return self.path / "node.log"
 
     @property
+    def default_ledger_url(self) -> str:
+        return f"sqlite:///{self.path / 'ledger.sqlite'}"
+
+    @property
     def ledger_url(self) -> str:
-        return os.environ.get("POD_LEDGER_URL") or f"sqlite:///{self.path / 'ledger.sqlite'}"
+        """The database that `--db` once named, else a file in this directory."""
+        try:
+            return self._database_file.read_text().strip() or self.default_ledger_url
+        except OSError:
+            return self.default_ledger_url
+
+    def remember_database(self, url: str) -> None:
+        self._write_private(self._database_file, url + "\n")
+
+    @property
+    def _database_file(self) -> Path:
+        return self.path / "database"
 
     @property
     def _running_file(self) -> Path:
@@ -81,7 +106,7 @@ class PodHome:
 
     def has_pod(self) -> bool:
         """True when this directory already belongs to a pod (one directory, one pod)."""
-        return (self.path / "roster.log").exists()
+        return self.roster_file.exists()
 
     def prepare(self) -> None:
         try:
@@ -89,6 +114,57 @@ class PodHome:
             self.models_dir.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot use {self.path} as {HOME_VARIABLE}: {error.strerror}") from None
+
+    def identity_files(self) -> list[Path]:
+        """The files without which this node is nobody: what a backup holds beside the journal."""
+        found = [self.roster_file, *sorted(self.keys_dir.glob("*")), self.path / "peers.json"]
+        return [path for path in found if path.is_file()]
+
+    @property
+    def is_restored(self) -> bool:
+        """From a backup, and its node has not begun a new journal yet."""
+        return self._restored_file.exists()
+
+    def mark_restored(self, restored: bool = True) -> None:
+        if restored:
+            self._write_private(self._restored_file, "")
+        else:
+            self._restored_file.unlink(missing_ok=True)
+
+    @property
+    def next_key_file(self) -> Path:
+        return self.keys_dir / "node.next.pem"
+
+    def adopt_next_key(self, old_node: bytes) -> None:
+        """The next key becomes the node's own. Of two crashes in between, each leaves what can go on."""
+        self._write_private(self._retired_file, old_node.hex())
+        self.next_key_file.replace(self.keys_dir / "node.pem")
+        self.mark_restored(False)
+
+    def retired_nodes(self) -> set[bytes]:
+        """Ids of keys this node had before."""
+        try:
+            return {bytes.fromhex(self._retired_file.read_text())}
+        except (OSError, ValueError):
+            return set()
+
+    def forget_retired(self) -> None:
+        self._retired_file.unlink(missing_ok=True)
+
+    @property
+    def _retired_file(self) -> Path:
+        return self.keys_dir / "retired"
+
+    @property
+    def _restored_file(self) -> Path:
+        return self.path / "restored"
+
+    def take_over(self, other: PodHome) -> None:
+        """Move all of another directory's pod here, where none is. It counts once the roster is here."""
+        self.forget_pod()
+        own = other._own_files()
+        for path in sorted(own, key=lambda path: path == other.roster_file):
+            path.rename(self.path / path.name)
 
     def aside_dir(self) -> Path:
         """Where `set_aside` will put what is here now."""
@@ -138,21 +214,27 @@ class PodHome:
         self._running_file.unlink(missing_ok=True)
         self._lock.release()
 
-    def announce_running(self, api_url: str) -> RunningNode:
+    def announce_running(self, api_url: str, local_url: str = "") -> RunningNode:
         """Called by the node that holds the lock, once its API listens."""
-        running = RunningNode(os.getpid(), api_url, secrets.token_urlsafe(32))
-        temporary = self._running_file.with_suffix(".new")
+        running = RunningNode(os.getpid(), api_url, secrets.token_urlsafe(32), local_url or api_url)
+        self._write_private(self._running_file, json.dumps(asdict(running)))
+        return running
+
+    @staticmethod
+    def _write_private(path: Path, text: str) -> None:
+        """Readable by its owner only, from the first moment on; the old content or the new, never half."""
+        temporary = path.with_suffix(".new")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file:
-            json.dump(asdict(running), file)
-        temporary.replace(self._running_file)
-        return running
+            file.write(text)
+        temporary.replace(path)
 
     def running_node(self) -> RunningNode | None:
         """The node that runs on this directory now, or None. A note left by a killed node counts as none."""
         try:
             note = json.loads(self._running_file.read_text())
-            running = RunningNode(int(note["pid"]), str(note["api_url"]), str(note["local_token"]))
+            api_url, local_url = str(note["api_url"]), str(note["local_url"])
+            running = RunningNode(int(note["pid"]), api_url, str(note["local_token"]), local_url)
         except (OSError, ValueError, KeyError, TypeError):
             return None
         if not self.try_acquire():

@@ -22,6 +22,7 @@ class LedgerChannel:
     def __init__(self, ledger: LedgerThread, on_change: Callable[[], None]) -> None:
         self._ledger = ledger
         self._on_change = on_change
+        self.on_fork: Callable[[], None] = lambda: None
 
     def digest(self) -> bytes:
         return self._ledger.ledger.digest()
@@ -42,6 +43,8 @@ class LedgerChannel:
             log.info("an entry from %s was refused: %s", peer.hex()[:8], refused)
         for fork in result.forks:
             log.warning("a fork: node %s signed two entries %d", fork.author.hex()[:8], fork.index)
+        if result.forks:
+            self.on_fork()
         if result.num_new:
             self._on_change()
         return result.num_new

@@ -1,6 +1,6 @@
 """The operations over HTTP for this machine's own `pod` command: one POST, progress and result in lines.
 
-Only the token in the state directory opens it; an API key does not.
+Only the token in the state directory opens it, from this machine; an API key does not.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from node.errors import UserError
+from node.gateway.access import is_local
+from node.gateway.body import read_body
 
 MAX_ARGUMENTS_BYTES = 64 * 1024
 MAX_NUM_PROGRESS_WAITING = 1000
@@ -31,15 +33,15 @@ def local_router(run: RunHere, local_token: Callable[[], str]) -> APIRouter:
     @router.post("/{operation}")
     async def perform(operation: str, request: Request) -> Response:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), local_token().encode()):
+        if (
+            not is_local(request)
+            or not local_token()
+            or not hmac.compare_digest(given.encode(), local_token().encode())
+        ):
             return JSONResponse({"error": {"message": "not for this caller"}}, status_code=403)
-        body = bytearray()
-        async for piece in request.stream():
-            body += piece
-            if len(body) > MAX_ARGUMENTS_BYTES:
-                return JSONResponse({"error": {"message": "too long"}}, status_code=413)
+        body = await read_body(request, MAX_ARGUMENTS_BYTES)
         try:
-            arguments = json.loads(bytes(body) or b"{}")
+            arguments = json.loads(body or b"{}")
         except ValueError:
             arguments = None
         if not isinstance(arguments, dict):

@@ -12,15 +12,13 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
 
 from ledger.entry import ISSUANCE, TREASURY
-from ledger.rate_card import DEFAULT_RATE_CARD
 from ledger.session_record import SessionState
-from node.books_view import account_rows, member_name, model_name, node_name, session_route_text
+from node.books_view import account_rows, frozen_names, member_name, model_name, node_name, session_route_text
 from node.catalogue import Catalogue, Entry
 from node.changes import Changes
 from node.gateway.backend import (
     Caller,
     DashboardView,
-    GeneratedToken,
     GenerationRequest,
     KeyRefused,
     LedgerState,
@@ -30,23 +28,27 @@ from node.gateway.backend import (
     ModelState,
     NodeRow,
     NoRoute,
+    RateLimit,
     RequestRow,
     RequestState,
     ShardRow,
     TextTokenizer,
-    Usage,
+    TreasuryState,
 )
+from node.generation import Generation
+from node.key_gate import KeyGate
 from node.ledger_thread import LedgerThread
 from node.models.errors import ModelError
 from node.models.tokenizer import ChatTokenizer
 from node.pod_state import PodState
 from node.sessions.authorization import Authorize, authorize, fits
 from node.sessions.head import Head, SessionRequest
-from node.sessions.session import HeadSession
+from node.sessions.terms import worst_case_microcredits
 from node.sessions.timings import time_of
 from node.time_view import stage_seconds, token_times
 from pod.api_key import ApiKeyError, decode_delegation, parse_bearer, verify
 from pod.identity import KeyPair
+from pod.roster.roster import Roster
 
 LOCAL_KEY_ID = bytes(16)
 MAX_NUM_RECENT = 30
@@ -84,10 +86,13 @@ class NodeBackend:
         self._speeds: OrderedDict[bytes, float] = OrderedDict()
         # The keys of callers, by key id; they sign holds here and go nowhere else.
         self._keys: OrderedDict[bytes, KeyPair] = OrderedDict()
+        self._gate = KeyGate(ledger.ledger, clock_ms)
+        self._running: set[Generation] = set()
 
     async def authenticate(self, bearer: str) -> Caller:
         roster = self._state.roster
-        if hmac.compare_digest(bearer.encode(), self._local_token().encode()):
+        local_token = self._local_token()
+        if local_token and hmac.compare_digest(bearer.encode(), local_token.encode()):
             member = roster.member_of_node(self._node)
             if member is None:
                 raise KeyRefused("this node is no longer in the pod")
@@ -101,7 +106,16 @@ class NodeBackend:
             raise KeyRefused("the API key names too many models to be used at another member's node")
         self._keep_key(delegation.key_id, key)
         name = member_name(roster, delegation.member)
-        return Caller(delegation.member, name, delegation.key_id, delegation.encode(), delegation.models)
+        return Caller(
+            delegation.member,
+            name,
+            delegation.key_id,
+            delegation.encode(),
+            delegation.models,
+            delegation.cap_microcredits,
+            delegation.max_num_requests_per_minute,
+            delegation.max_num_tokens_per_minute,
+        )
 
     def _keep_key(self, key_id: bytes, key: KeyPair) -> None:
         self._keys[key_id] = key
@@ -117,6 +131,24 @@ class NodeBackend:
         if key is None:
             raise KeyRefused("this node has forgotten the API key; send the request again")
         return partial(authorize, decode_delegation(caller.delegation), key.sign, self._node)
+
+    def rate_limits(self, caller: Caller) -> Sequence[RateLimit]:
+        return self._gate.rate_limits(caller)
+
+    def roster_changed(self, _roster: Roster) -> None:
+        """Answers that a revoked key still streams end now: whoever revokes it wants it to stop."""
+        for generation in tuple(self._running):
+            refusal = self._revoked(generation.caller)
+            if refusal is not None:
+                generation.refuse(refusal)
+
+    def _revoked(self, caller: Caller) -> KeyRefused | None:
+        roster = self._state.roster
+        if caller.member not in roster.members:
+            return KeyRefused("the API key's member was removed from this pod")
+        if (caller.member, caller.key_id) in roster.revoked_keys:
+            return KeyRefused("the API key was revoked")
+        return None
 
     def may_view(self, member: bytes, key_id: bytes) -> bool:
         roster = self._state.roster
@@ -156,24 +188,46 @@ class NodeBackend:
             raise NoRoute(f"the pod no longer serves {model}")
         return entry
 
-    async def generate(self, caller: Caller, request: GenerationRequest) -> _Generation:
+    async def generate(self, caller: Caller, request: GenerationRequest) -> Generation:
         entry = self._entry(request.model)
-        session = await self._head.open(
-            SessionRequest(
-                payer=caller.member,
-                key_id=caller.key_id,
-                model=entry.deployed.id,
-                manifest=entry.manifest,
-                prompt_ids=request.prompt_ids,
-                sampling=request.sampling,
-                authorize=self._authorize(caller),
-            ),
-            DEFAULT_RATE_CARD,
+        authorize, rate_card = self._authorize(caller), self._state.rate_card()
+        num_prompt_tokens = len(request.prompt_ids)
+        max_num_new_tokens = request.sampling.max_num_output_tokens
+        admission = self._gate.admit(
+            caller,
+            num_prompt_tokens + max_num_new_tokens,
+            worst_case_microcredits(rate_card, entry.manifest, num_prompt_tokens, max_num_new_tokens),
         )
+        try:
+            session = await self._head.open(
+                SessionRequest(
+                    payer=caller.member,
+                    key_id=caller.key_id,
+                    model=entry.deployed.id,
+                    manifest=entry.manifest,
+                    prompt_ids=request.prompt_ids,
+                    sampling=request.sampling,
+                    authorize=authorize,
+                ),
+                rate_card,
+            )
+        except BaseException:
+            admission.cancel()
+            raise
+        admission.held()
+        route_text = self._state.route_text(session.terms.route)
+        generation = Generation(caller, session, route_text, admission, self._ended)
+        self._running.add(generation)
         self._changes.tell()
-        return _Generation(session, self._state.route_text(session.terms.route), self._ended)
+        if (refusal := self._revoked(caller)) is not None:
+            # While it waited for its turn.
+            await generation.settle(0)
+            raise refusal
+        return generation
 
-    def _ended(self, session: HeadSession) -> None:
+    def _ended(self, generation: Generation) -> None:
+        self._running.discard(generation)
+        session = generation.head_session
         if session.tokens_per_s is not None:
             self._speeds[session.terms.session] = session.tokens_per_s
             while len(self._speeds) > MAX_NUM_SPEEDS:
@@ -207,11 +261,31 @@ class NodeBackend:
             ),
             treasury_microcredits=pots[TREASURY],
             issuance_microcredits=pots[ISSUANCE],
+            treasury=self._treasury(),
             nodes=self._node_rows(),
             models=tuple(self._model_row(entry) for entry in self._catalogue.entries()),
             requests=self._request_rows(),
-            ledger=LedgerState(ledger.num_entries(), len(ledger.heads()), ledger.digest()),
+            ledger=LedgerState(
+                ledger.num_entries(),
+                len(ledger.heads()),
+                ledger.digest(),
+                frozen=tuple(frozen_names(ledger, roster)),
+            ),
             stage_seconds=stage_seconds(self._state),
+        )
+
+    def _treasury(self) -> TreasuryState:
+        card, totals = self._state.rate_card(), self._ledger.ledger.treasury()
+        return TreasuryState(
+            policy_name=card.name,
+            levy_per_mille=card.levy_per_mille,
+            dividend_per_mille=card.dividend_per_mille,
+            dividend_period_s=card.dividend_period_s,
+            credit_line_microcredits=card.credit_line_microcredits,
+            levied_microcredits=totals.levied_microcredits,
+            granted_microcredits=totals.granted_microcredits,
+            dividends_paid_microcredits=totals.dividends_paid_microcredits,
+            dividends_due_microcredits=totals.dividends_due_microcredits,
         )
 
     def _node_rows(self) -> tuple[NodeRow, ...]:
@@ -275,36 +349,6 @@ class NodeBackend:
 
     def changes(self) -> AsyncGenerator[None, None]:
         return self._changes.listen()
-
-
-class _Generation:
-    """A head's session as the gateway sees it."""
-
-    def __init__(self, session: HeadSession, route_text: str, on_end: Callable[[HeadSession], None]) -> None:
-        self._session = session
-        self._route_text = route_text
-        self._on_end = on_end
-
-    @property
-    def session(self) -> bytes:
-        return self._session.terms.session
-
-    @property
-    def route_text(self) -> str:
-        return self._route_text
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self._session.terms.prompt_ids)
-
-    def tokens(self) -> AsyncGenerator[GeneratedToken, None]:
-        return self._session.tokens()
-
-    async def settle(self, num_output_tokens: int) -> Usage:
-        try:
-            return await self._session.settle(num_output_tokens)
-        finally:
-            self._on_end(self._session)
 
 
 class _Tokenizer:

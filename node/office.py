@@ -8,18 +8,21 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from ledger.entry import AccountOpened, Issued
 from ledger.journal import JournalError
-from ledger.ledger import Ledger
-from ledger.rate_card import DEFAULT_RATE_CARD, MICROCREDITS_PER_CREDIT
+from ledger.ledger import Ledger, LedgerError
+from ledger.rate_card import MICROCREDITS_PER_CREDIT
 from node.catalogue import Catalogue
+from node.database import check_database_url
 from node.errors import UserError
 from node.home import PodHome, RunningNode
 from node.ledger_thread import LedgerThread
 from node.pod_state import PodState
+from node.policy import rate_card_of
 from node.roster_directory import RosterDirectory
 from pod.address import dialable, multiaddr_of
 from pod.identity import IdentityError
@@ -40,7 +43,9 @@ def wall_clock_ms() -> int:
 
 @dataclass
 class Office:
-    """`running` is None while the node does not run; `loading` yields shards on their way in."""
+    """`running` is None while the node does not run; `loading` yields shards on their way in; `https` tells
+    of the certificate of the API, None when it has none.
+    """
 
     home: PodHome
     membership: Membership
@@ -50,6 +55,7 @@ class Office:
     running: RunningNode | None = None
     loading: Callable[[], Iterable[Mapping[str, object]]] = tuple
     leave: Leave | None = None
+    https: Callable[[], Mapping[str, object] | None] = lambda: None
 
     def invite_addresses(self, listen: tuple[str, int], advertise_host: str | None) -> tuple[str, ...]:
         """What an invite should name beyond what the node has announced by itself."""
@@ -74,16 +80,12 @@ def open_membership(home: PodHome) -> Membership:
 
 
 def open_ledger(home: PodHome, membership: Membership) -> LedgerThread:
-    """This node's ledger, with its member's account opened and, for the owner, the first credit issued.
-
-    Not so when the file was lost: this node's journal is at the others, and what it wrote now would fork it.
-    """
-    roster = membership.roster
+    """Writes nothing. Raises UserError."""
     directory = RosterDirectory(lambda: membership.roster)
     try:
         ledger = Ledger.open(
             home.ledger_url,
-            roster.pod,
+            membership.pod,
             directory,
             membership.node_id,
             membership.node_key.sign,
@@ -91,14 +93,31 @@ def open_ledger(home: PodHome, membership: Membership) -> LedgerThread:
         )
     except JournalError as error:
         raise UserError(f"the ledger cannot be opened: {error}") from None
-    # A plan is only ever kept after the ledger was begun.
-    is_lost = ledger.num_entries() == 0 and home.plan_file.exists() and len(roster.nodes) > 1
-    if membership.node_id in roster.nodes and not is_lost:
-        if roster.owner.id == membership.member_id and ledger.num_entries() == 0:
-            ledger.append(Issued(INITIAL_ISSUE_MICROCREDITS))
-        if not ledger.is_account_open(membership.member_id):
-            ledger.append(AccountOpened(membership.member_id, DEFAULT_RATE_CARD.version))
     return LedgerThread(ledger)
+
+
+def is_ledger_old(home: PodHome, membership: Membership, ledger: Ledger) -> bool:
+    """Whether what this node wrote before is known to be missing here: restored from a backup, or lost.
+
+    A plan is only ever kept after the ledger was begun.
+    """
+    is_lost = ledger.num_entries() == 0 and home.plan_file.exists() and not home.retired_nodes()
+    return home.is_restored or (is_lost and len(membership.roster.nodes) > 1)
+
+
+def begin_books(membership: Membership, ledger: Ledger) -> None:
+    """This member's account and, in a pod that has just been made, the first credit.
+
+    Only for a node that may go on with its journal (`journal_guard.py`). Raises LedgerError or JournalError.
+    """
+    roster = membership.roster
+    if membership.node_id not in roster.nodes:
+        return
+    is_new = len(roster.nodes) + len(roster.former_nodes) == 1
+    if is_new and roster.owner.id == membership.member_id and ledger.num_entries() == 0:
+        ledger.append(Issued(INITIAL_ISSUE_MICROCREDITS))
+    if not ledger.is_account_open(membership.member_id):
+        ledger.append(AccountOpened(membership.member_id, rate_card_of(roster).version))
 
 
 def open_offline(home: PodHome) -> Office:
@@ -116,7 +135,9 @@ def open_offline(home: PodHome) -> Office:
     return Office(home, membership, open_ledger(home, membership), catalogue, state)
 
 
-def create_pod(home: PodHome, pod_name: str, member_name: str, node_name: str) -> dict[str, object]:
+def create_pod(
+    home: PodHome, pod_name: str, member_name: str, node_name: str, database: str | None = None
+) -> dict[str, object]:
     """A new pod in this state directory. Raises UserError and then has changed nothing."""
     check_name(pod_name, "the pod's name")
     check_name(member_name, "--member")
@@ -125,11 +146,15 @@ def create_pod(home: PodHome, pod_name: str, member_name: str, node_name: str) -
         raise UserError(f"{home.path} is in a pod already; `pod leave` first or set another POD_HOME")
     home.acquire()
     try:
+        if database is not None:
+            check_database_url(database)
+            home.remember_database(database)
         membership = Membership.create_pod(home.path, pod_name, member_name, node_name, wall_clock_ms)
-        open_ledger(home, membership).close()
+        with closing(open_ledger(home, membership)) as thread:
+            begin_books(membership, thread.ledger)
     except (MembershipError, IdentityError) as error:
         raise UserError(str(error)) from None
-    except (OSError, UserError) as error:
+    except (OSError, UserError, LedgerError, JournalError) as error:
         home.forget_pod()
         raise UserError(f"the pod could not be written to {home.path}: {error}") from None
     finally:

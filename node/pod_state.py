@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from statistics import median_low
 
+from ledger.rate_card import RateCard
 from node.catalogue import Catalogue, Entry
 from node.gateway.backend import NoRoute as GatewayNoRoute
 from node.links.frames import Stage
@@ -20,6 +21,7 @@ from node.placement.route import NoRoute, route, route_text
 from node.placement.view import View
 from node.plan_book import PlanBook
 from node.pod_view import build_view, deployed_model
+from node.policy import rate_card_of, recent_rate_cards
 from node.sessions.timings import Timings
 from node.status import MAX_RTT_US, NodeStatus, StatusError
 from pod.roster.roster import Roster
@@ -60,6 +62,8 @@ class PodState:
         self._routes: dict[bytes, tuple[Stage, ...] | NoRoute] = {}
         self.plan_book: PlanBook | None = None
         self.timings = Timings()
+        # Nodes that signed two histories: no work goes to them.
+        self.frozen: frozenset[bytes] = frozenset()
 
     def changed(self) -> None:
         """Roster, adverts, liveness, files or plan are others now: what was worked out from them is void."""
@@ -70,6 +74,14 @@ class PodState:
     @property
     def roster(self) -> Roster:
         return self._roster()
+
+    def rate_card(self) -> RateCard:
+        """The one in force: new requests are priced by it."""
+        return rate_card_of(self.roster)
+
+    def recent_rate_cards(self) -> tuple[RateCard, ...]:
+        """Those that stages accept, the one in force last."""
+        return recent_rate_cards(self.roster)
 
     def live(self) -> frozenset[bytes]:
         """Nodes heard from lately, this one included."""
@@ -93,7 +105,7 @@ class PodState:
     def view(self) -> View:
         """What placement and routing decide on."""
         if self._view is None:
-            self._view = self._build_view(self.live())
+            self._view = self._build_view(self.live() - self.frozen)
         return self._view
 
     def _build_view(self, live: frozenset[bytes]) -> View:
@@ -105,7 +117,7 @@ class PodState:
         try:
             if not avoided:
                 return self._route(model)
-            return route(self._build_view(self.live() - avoided), model, prefer_node=self._node)
+            return route(self._build_view(self.live() - self.frozen - avoided), model, prefer_node=self._node)
         except NoRoute as error:
             raise GatewayNoRoute(error.reason) from None
 

@@ -12,10 +12,11 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 
 from node.cli import show
+from node.database import check_database_url, take_database
 from node.errors import UserError
 from node.home import PodHome
-from node.office import check_name, wall_clock_ms
-from node.runtime import Listening, NodeRuntime, check_ports_are_free
+from node.office import check_name, open_membership, wall_clock_ms
+from node.runtime import Listening, NodeRuntime, check_can_start
 from node.settings import NodeSettings
 from pod.admission import JoinError
 from pod.identity import IdentityError
@@ -36,7 +37,9 @@ def join_pod(
     check_name(node_name, "--node-name")
     if home.has_pod():
         raise UserError(f"{home.path} is in a pod already; `pod leave` first or set another POD_HOME")
-    check_ports_are_free(settings)
+    check_can_start(settings)
+    if settings.database is not None:
+        check_database_url(settings.database)
     home.acquire()
     try:
         membership = asyncio.run(Membership.join(home.path, invite, member_name, node_name, wall_clock_ms))
@@ -54,6 +57,8 @@ def run_node(home: PodHome, settings: NodeSettings, as_json: bool) -> None:
     home.acquire()
     try:
         _log_to(home)
+        if settings.database is not None:
+            take_database(home, open_membership(home).pod, settings.database)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_run(home, settings, as_json))
     finally:
@@ -61,6 +66,12 @@ def run_node(home: PodHome, settings: NodeSettings, as_json: bool) -> None:
 
 
 async def _run(home: PodHome, settings: NodeSettings, as_json: bool) -> None:
+    while await _run_once(home, settings, as_json):
+        logging.getLogger(__name__).warning("this node goes on under a new key, with a journal of its own")
+
+
+async def _run_once(home: PodHome, settings: NodeSettings, as_json: bool) -> bool:
+    """Whether the node is to start again."""
     runtime = NodeRuntime(home, settings)
     loop = asyncio.get_running_loop()
 
@@ -77,6 +88,7 @@ async def _run(home: PodHome, settings: NodeSettings, as_json: bool) -> None:
     finally:
         if shown is not None:
             shown.cancel()
+    return runtime.must_restart
 
 
 async def show_loading(loading: Callable[[], Iterable[Mapping[str, object]]]) -> None:
@@ -110,7 +122,10 @@ def _report(listening: Listening, as_json: bool) -> None:
             }
         )
         return
-    show.out.print(f"OpenAI API  {url}/v1\nDashboard   {url}/\nCtrl-C stops the node.")
+    show.out.print(f"OpenAI API  {url}/v1\nDashboard   {url}/")
+    if listening.is_under_pod:
+        show.out.print("Clients check the certificate with what `pod ca` prints.")
+    show.out.print("Ctrl-C stops the node.")
 
 
 def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:

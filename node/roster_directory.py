@@ -1,15 +1,17 @@
 """The ledger's questions about the pod, answered from the roster.
 
-Answers are permanent, as the ledger asks: former nodes still belong to their members, and the rights to issue
-and to move the treasury's credit are the owner's, who never changes.
+Answers are permanent, as the ledger asks: former nodes still belong to their members, the rights to issue
+and to move the treasury's credit are the owner's, who never changes, and a rate card is known once somebody
+published it who had the right to then, even if it was taken back since (`pod/roster/policies.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ledger.entry import TREASURY, HoldOpened
-from ledger.rate_card import DEFAULT_RATE_CARD, RateCard
+from ledger.rate_card import RateCard
+from node.policy import published_rate_cards
 from node.sessions.authorization import is_authorized
 from pod.roster.roster import Roster
 
@@ -19,6 +21,7 @@ class RosterDirectory:
 
     def __init__(self, roster: Callable[[], Roster]) -> None:
         self._roster = roster
+        self._cards: tuple[Roster | None, Mapping[int, tuple[RateCard, ...]]] = (None, {})
 
     def member_of_node(self, node: bytes) -> bytes | None:
         roster = self._roster()
@@ -39,5 +42,10 @@ class RosterDirectory:
         is_member = hold.payer in roster.members or hold.payer in roster.former_members
         return is_member and is_authorized(roster.pod, node, hold)
 
-    def rate_card(self, version: int) -> RateCard | None:
-        return DEFAULT_RATE_CARD if version == DEFAULT_RATE_CARD.version else None
+    def rate_cards(self, version: int) -> tuple[RateCard, ...]:
+        roster = self._roster()
+        known, cards = self._cards
+        if known is not roster:
+            cards = published_rate_cards(roster)
+            self._cards = (roster, cards)
+        return cards.get(version, ())

@@ -15,10 +15,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ledger.rate_card import DEFAULT_RATE_CARD
+from ledger.journal import JournalError
+from ledger.ledger import LedgerError
+from ledger.rate_card import RateCard
 from node.catalogue import BUNDLE_KIND, Catalogue
 from node.changes import Changes
 from node.claims import Claims
+from node.disputes import Disputes
 from node.engine.client import (
     EngineClient,
     EngineConfig,
@@ -27,18 +30,19 @@ from node.engine.client import (
     EngineExited,
     EngineRestarted,
 )
-from node.engine.events import ReceiptHeld
-from node.engine.messages import EngineReady
+from node.engine.events import ReceiptHeld, WorkDisputed
+from node.engine.messages import EngineReady, MemberStanding
 from node.errors import UserError
 from node.gateway.app import create_app
 from node.gateway.serve import ListenError, bind, serving
 from node.home import PodHome, RunningNode
+from node.journal_guard import JournalGuard, Verdict
 from node.ledger_channel import LedgerChannel
 from node.links.frames import MAX_NUM_DRAFT_TOKENS
 from node.links.head_links import HeadLinks
 from node.local_api import local_router
 from node.node_backend import NodeBackend
-from node.office import Office, open_ledger, open_membership, wall_clock_ms
+from node.office import Office, begin_books, is_ledger_old, open_ledger, open_membership, wall_clock_ms
 from node.operations import run_operation
 from node.plan_book import PlanBook
 from node.planner import Planner
@@ -46,7 +50,11 @@ from node.pod_state import PodState
 from node.serving import Serving
 from node.sessions.head import Head
 from node.settings import NodeSettings, split_address
+from node.standings import Standings
 from node.status import NodeStatus
+from node.tls.authority import Authority
+from node.tls.front_door import FrontDoor
+from node.tls.given_certificate import GivenCertificate
 from pod.address import AddressError, dialable, host_port_of, multiaddr_of
 from pod.control import ControlError
 from pod.roster.events import Role
@@ -55,6 +63,7 @@ from pod.roster.roster import Roster
 log = logging.getLogger(__name__)
 
 ADVERTISE_DEBOUNCE_S = 0.2
+STANDINGS_DEBOUNCE_S = 1.0
 FILES_CHECK_EVERY_S = 5.0
 CLAIMS_CHECK_EVERY_S = 30.0
 ENGINE_RETRY_S = 30.0
@@ -64,10 +73,13 @@ LEAVE_ANSWER_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Listening:
-    """What `pod up` reports once the node answers."""
+    """What `pod up` reports once the node answers. `is_under_pod`: HTTPS with a certificate that clients only
+    take when they trust the pod's authority.
+    """
 
     running: RunningNode
     control_addresses: tuple[str, ...]
+    is_under_pod: bool = False
 
 
 class NodeRuntime:
@@ -78,18 +90,23 @@ class NodeRuntime:
         self._settings = settings
         self._stopped = asyncio.Event()
         self._failure: str | None = None
+        # After `run`: this node has a new key, and is to be made anew.
+        self.must_restart = False
         self._aside: Path | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._changes = Changes()
         self._status_due = asyncio.Event()
         self._files_due = asyncio.Event()
+        self._standings_due = asyncio.Event()
         self._running: RunningNode | None = None
         self._engine: EngineClient | None = None
         # Set before it is ready: a node that is told to stop while it starts must leave no engine behind.
         self._engine_to_stop: EngineClient | None = None
         self._serving: Serving | None = None
+        self._door: FrontDoor | None = None
         self._engine_ready: EngineReady | None = None
         self._engine_problem = ""
+        self._told_cards: tuple[RateCard, ...] = ()
         self._make_parts()
 
     def _make_parts(self) -> None:
@@ -113,6 +130,7 @@ class NodeRuntime:
         self._book = PlanBook(self._home.plan_file, self._may_plan, self._plan_changed)
         self._state.plan_book = self._book
         self._planner = Planner(node, self._state, self._book, self._membership.node_key.sign)
+        self._standings = Standings(node, self._ledger, lambda: self._membership.roster, wall_clock_ms)
         self._links = HeadLinks(self._membership.node_key, self._membership.pod)
         self._head = Head(
             pod=self._membership.pod,
@@ -123,8 +141,18 @@ class NodeRuntime:
             find_route=self._state.find_route,
             clock_ms=wall_clock_ms,
             max_num_draft_tokens=MAX_NUM_DRAFT_TOKENS if self._settings.speculation else 0,
+            weight_of=self._standings.weight_of,
+            own_member=self._standings.own_member,
+            check_credit=self._standings.check_credit,
+        )
+        self._guard = JournalGuard(
+            self._membership,
+            self._ledger,
+            is_ledger_old(self._home, self._membership, self._ledger.ledger),
         )
         self._claims = Claims(self._ledger)
+        self._authority = Authority(self._membership, self._home.keys_dir, wall_clock_ms)
+        self._disputes = Disputes(node, self._ledger)
         self._office = Office(
             home=self._home,
             membership=self._membership,
@@ -152,31 +180,65 @@ class NodeRuntime:
         """Raises UserError: a port is taken, the engine cannot start, this node was removed."""
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._ledger.close)
-            app = create_app(self._backend())
-            app.include_router(local_router(self._run_operation, lambda: self._local_token))
             listener = self._bind_ports()
             stack.callback(listener.close)
             await stack.enter_async_context(self._membership_running())
             stack.push_async_callback(self._links.close)
             self._wire()
+            if not await self._may_go_on():
+                return
             num_voided = await self._head.recover()
             if num_voided:
                 log.info("%d holds of an earlier run were voided", num_voided)
             stack.push_async_callback(self._stop_engine)
             stack.push_async_callback(self._end_tasks)
             stack.push_async_callback(self._head.close, SHUTDOWN_GRACE_S)
-            host = split_address(self._settings.api_address, "--api")[0]
-            port = listener.getsockname()[1]
-            self._running = self._home.announce_running(f"http://{_url_host(host)}:{port}")
+            door = self._open_door(listener)
+            stack.callback(door.close)
+            backend = self._backend()
+            self._membership.on_roster_change(backend.roster_changed)
+            app = create_app(backend, is_strict=door.is_strict)
+            app.include_router(local_router(self._run_operation, lambda: self._local_token))
+            self._running = self._home.announce_running(door.api_url, door.local_url)
             self._office.running = self._running
-            await stack.enter_async_context(serving(app, listener, grace_s=SHUTDOWN_GRACE_S))
+            tls = door.certificate.context if door.certificate is not None else None
+            await stack.enter_async_context(
+                serving(app, listener, tls=tls, plain=door.plain, grace_s=SHUTDOWN_GRACE_S)
+            )
             self._start_tasks()
-            on_listening(Listening(self._running, self._membership.addresses()))
+            is_under_pod = door.certificate is not None and not door.is_strict()
+            on_listening(Listening(self._running, self._membership.addresses(), is_under_pod))
             await self._stopped.wait()
         if self._aside is not None:
             self._home.set_aside(self._aside)
         if self._failure is not None:
             raise UserError(self._failure)
+
+    async def _may_go_on(self) -> bool:
+        """Whether this node may write in its journal. If not it has a new key then, or was told to stop."""
+        deciding = asyncio.ensure_future(self._decide())
+        stopping = asyncio.ensure_future(self._stopped.wait())
+        await asyncio.wait({deciding, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if deciding.done():
+            return deciding.result()
+        deciding.cancel()
+        await asyncio.wait({deciding})
+        if self._failure is not None:
+            raise UserError(self._failure)
+        return False
+
+    async def _decide(self) -> bool:
+        if await self._guard.decide() is Verdict.RENEW:
+            await self._guard.renew(self._home)
+            self.must_restart = True
+            return False
+        self._guard.retire_old_key(self._home)
+        try:
+            await self._ledger.run(lambda ledger: begin_books(self._membership, ledger))
+        except (LedgerError, JournalError) as error:
+            raise UserError(str(error)) from None
+        return True
 
     # Parts.
 
@@ -203,16 +265,36 @@ class NodeRuntime:
 
     def _bind_ports(self) -> socket.socket:
         """Take the API port, and see that the others are free, before anything else begins."""
-        check_ports_are_free(replace(self._settings, serve=self._serves))
+        check_can_start(replace(self._settings, serve=self._serves))
         return _bind(self._settings.api_address, "--api")
+
+    def _open_door(self, listener: socket.socket) -> FrontDoor:
+        """The owner's node makes the pod's authority first, if there is none."""
+        self._authority.ensure()
+        try:
+            self._door = FrontDoor(
+                self._settings,
+                listener,
+                self._authority,
+                self._home.keys_dir,
+                self._membership.roster.name,
+                wall_clock_ms,
+            )
+        except ListenError as error:
+            raise UserError(str(error)) from None
+        self._office.https = self._door.describe
+        return self._door
 
     @contextlib.asynccontextmanager
     async def _membership_running(self) -> AsyncIterator[None]:
         membership, settings = self._membership, self._settings
-        channel = LedgerChannel(self._ledger, self._changes.tell)
+        channel = LedgerChannel(self._ledger, self._entries_came)
+        channel.on_fork = self._author_froze
         membership.add_replicated(channel)
         membership.add_replicated(self._book)
         membership.handle(BUNDLE_KIND, self._catalogue.answer_bundle)
+        self._authority.handle_requests()
+        self._guard.handle_requests()
         announce = []
         port = split_address(settings.listen_address, "--listen")[1]
         if settings.advertise_listen:
@@ -244,15 +326,39 @@ class NodeRuntime:
 
     def _roster_changed(self, roster: Roster) -> None:
         self._catalogue.set_deployed(roster.models)
-        self._links.set_trust(roster.certificates())
+        self._state.frozen = self._ledger.ledger.frozen_authors()
+        self._links.set_trust(self._trusted())
         if self._engine is not None:
-            self._spawn(self._trust_engine(self._engine, roster.certificates()))
+            self._spawn(self._trust_engine(self._engine, self._trusted()))
+            if (cards := self._state.recent_rate_cards()) != self._told_cards:
+                self._spawn(self._tell_rate_cards(self._engine, cards))
         self._files_due.set()
         self._status_due.set()
+        self._wake_door()
         self._wake()
 
+    def _author_froze(self) -> None:
+        if self._ledger.ledger.is_frozen(self._membership.node_id):
+            log.error("this node's key signed two histories; it starts again under a new one")
+            self.must_restart = True
+            self._stopped.set()
+        self._roster_changed(self._membership.roster)
+
+    def _trusted(self) -> tuple[bytes, ...]:
+        """Certificates of those who may open sessions here and serve ours: the roster's, but for nodes that
+        signed two histories, or that sign here without a hold to pay from.
+        """
+        nodes = self._membership.roster.nodes.values()
+        without = (self._state.frozen | self._claims.unpaying_heads) - {self._membership.node_id}
+        return tuple(node.certificate_der for node in nodes if node.id not in without)
+
     def _peer_changed(self, _node: bytes, _live: bool) -> None:
+        self._wake_door()
         self._wake()
+
+    def _wake_door(self) -> None:
+        if self._door is not None:
+            self._door.wake()
 
     def _adverts_changed(self) -> None:
         self._wake()
@@ -263,6 +369,10 @@ class NodeRuntime:
 
     def _ledger_changed(self) -> None:
         self._membership.changed()
+        self._entries_came()
+
+    def _entries_came(self) -> None:
+        self._standings_due.set()
         self._changes.tell()
 
     def _shards_changed(self) -> None:
@@ -285,6 +395,8 @@ class NodeRuntime:
         match event:
             case ReceiptHeld(receipt=receipt):
                 self._claims.hold(receipt)
+            case WorkDisputed():
+                self._spawn(self._dispute(event))
             case EngineExited(reason=reason):
                 log.warning("%s; it is being restarted", reason)
                 self._engine_ready = None
@@ -300,12 +412,18 @@ class NodeRuntime:
             case _:
                 pass
 
+    async def _dispute(self, event: WorkDisputed) -> None:
+        await self._disputes.record(event)
+
     # Tasks.
 
     def _start_tasks(self) -> None:
         self._spawn(self._planner.run())
         self._spawn(self._advertise())
         self._spawn(self._find_files())
+        if self._door is not None:
+            self._spawn(self._door.keep())
+        self._spawn(self._keep_standings())
         if self._serves:
             self._spawn(self._serve())
 
@@ -399,8 +517,8 @@ class NodeRuntime:
                 self._status_due.set()
                 await asyncio.sleep(ENGINE_RETRY_S)
         self._engine, self._engine_problem = engine, ""
-        await self._trust_engine(engine, self._membership.roster.certificates())
-        await engine.set_rate_card(DEFAULT_RATE_CARD.encode())
+        await self._trust_engine(engine, self._trusted())
+        await self._tell_rate_cards(engine, self._state.recent_rate_cards())
         self._serving = Serving(
             self._membership.node_id, engine, self._catalogue, self._state, self._book, self._shards_changed
         )
@@ -418,19 +536,51 @@ class NodeRuntime:
             log_path=self._home.path / "engine.log",
             compile_dir=self._home.path / "compiled" if self._settings.compile else None,
             hidden_bits=self._settings.hidden_bits,
+            max_num_sessions=self._settings.max_num_sessions,
         )
+
+    async def _keep_standings(self) -> None:
+        """Weigh the members anew whenever balances changed, several changes at once."""
+        said: tuple[MemberStanding, ...] = ()
+        while True:
+            self._standings_due.clear()
+            standings = await self._standings.refresh()
+            if self._engine is not None and standings != said:
+                with contextlib.suppress(EngineError):
+                    await self._engine.set_standings(standings)
+                    said = standings
+            await asyncio.sleep(STANDINGS_DEBOUNCE_S)
+            await self._standings_due.wait()
 
     async def _trust_engine(self, engine: EngineClient, certificates: tuple[bytes, ...]) -> None:
         try:
+            # First, so that who may come is never a stranger to the queue.
+            await engine.set_standings(await self._standings.refresh())
             await engine.set_trust(certificates)
         except EngineError as error:
             # A restarting engine is given the newest certificates when it is back.
             log.info("the engine was not told who is in the roster: %s", error)
 
+    async def _tell_rate_cards(self, engine: EngineClient, cards: tuple[RateCard, ...]) -> None:
+        """The one in force last."""
+        self._told_cards = cards
+        for card in cards:
+            try:
+                await engine.set_rate_card(card.encode())
+            except EngineError as error:
+                # A restarting engine is told when it is back.
+                log.info("the engine was not told of rate card %s: %s", card.name, error)
+
     async def _check_claims(self) -> None:
         while True:
             await asyncio.sleep(CLAIMS_CHECK_EVERY_S)
+            before = self._claims.unpaying_heads
             await self._claims.check()
+            if self._claims.unpaying_heads != before:
+                log.warning(
+                    "%d nodes sign without a hold; no work for them", len(self._claims.unpaying_heads)
+                )
+                self._roster_changed(self._membership.roster)
 
     async def _stop_engine(self) -> None:
         if self._engine_to_stop is not None:
@@ -446,8 +596,10 @@ class NodeRuntime:
         return self._aside
 
 
-def check_ports_are_free(settings: NodeSettings) -> None:
-    """Raises UserError that names the option to change."""
+def check_can_start(settings: NodeSettings) -> None:
+    """Ports are free and the certificate is usable, or UserError that names the option to change."""
+    if settings.tls_cert is not None and settings.tls_key is not None:
+        GivenCertificate(settings.tls_cert, settings.tls_key, wall_clock_ms).start()
     addresses = {"--api": settings.api_address, "--listen": settings.listen_address}
     if settings.serve:
         addresses["--data"] = settings.data_address

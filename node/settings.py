@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from node.errors import UserError
@@ -38,8 +39,11 @@ _UNITS_BYTES = {
 class NodeSettings:
     """`advertise_host` is the name or address other nodes dial; None: found out from the interfaces.
 
+    `database` is the URL of the ledger's database; None: the one it has. `max_num_sessions` run at once on
+    this node's layers, the others wait; None: as many as there is room for.
     `advertise_listen` and `advertise_data` (host:port) are dialled in place of `listen_address` and
-    `data_address`, where a forwarded port or a relay stands before this node.
+    `data_address`, where a forwarded port or a relay stands before this node. `tls_cert` and `tls_key` are
+    files in PEM form; `insecure_http`: no TLS at an `api_address` that others reach.
     """
 
     api_address: str = DEFAULT_API_ADDRESS
@@ -55,6 +59,11 @@ class NodeSettings:
     advertise_listen: str | None = None
     advertise_data: str | None = None
     hidden_bits: int = 16
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    insecure_http: bool = False
+    database: str | None = None
+    max_num_sessions: int | None = None
 
 
 def split_address(text: str, option: str) -> tuple[str, int]:

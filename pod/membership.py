@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from pod import admission, api_key
+from pod import admission
 from pod.address import dialable, is_loopback, multiaddr_of, with_peer
 from pod.advert import AdvertBook, NodeAdvert
 from pod.control import JOIN_KIND, ControlError, ControlTransport, Handler
@@ -31,7 +31,6 @@ from pod.roster.events import (
     Event,
     InviteIssued,
     InviteRevoked,
-    KeyIssued,
     MemberRemoved,
     NodeRemoved,
     PodCreated,
@@ -232,23 +231,6 @@ class Membership:
         self.issue(InviteIssued(invite.key.public, role, max_num_uses, expires_ms))
         return invite
 
-    def issue_api_key(
-        self, name: str, expires_ms: int = 0, cap_microcredits: int = 0, models: tuple[str, ...] = ()
-    ) -> str:
-        """The bearer text, shown once and stored nowhere."""
-        key, delegation = api_key.delegate(
-            self.pod,
-            self.member_id,
-            self.member_key.sign,
-            name,
-            self._clock_ms(),
-            expires_ms,
-            cap_microcredits,
-            models,
-        )
-        self.issue(KeyIssued(delegation.key_id, name, expires_ms))
-        return api_key.bearer_text(key, delegation)
-
     def remove_member(self, member: bytes) -> Event:
         """Removes a member with all its nodes and keys; what it said so far stays valid, nothing later."""
         if member not in self._roster.members:
@@ -258,6 +240,18 @@ class Membership:
         if member in roster_of(self.pod, [*self._log.events(), draft]).members:
             raise MembershipError("your role does not allow removing this member")
         return self._add(draft)
+
+    def certify_node(self, key: KeyPair) -> None:
+        """This member's node is to go on under another key. Raises MembershipError."""
+        if key.public in self._roster.nodes:
+            return
+        own = self._roster.nodes.get(self.node_id)
+        if own is None:
+            raise MembershipError("this machine is no longer in the pod")
+        draft = self._signed(node_added(self.pod, self.member_id, key, own.name))
+        if key.public not in roster_of(self.pod, [*self._log.events(), draft]).nodes:
+            raise MembershipError("this member has as many nodes as it may have")
+        self._add(draft)
 
     def change_role(self, member: bytes, role: Role) -> Event:
         """For the owner. What the member said in its old role stays valid, nothing that comes later does."""

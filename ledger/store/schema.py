@@ -16,32 +16,58 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from ledger.journal import JournalError
 
 _BUSY_TIMEOUT_MS = 5_000
+_CONNECT_TIMEOUT_S = 5
+# No query of ours takes long; without these a server that hangs would hang the node.
+_POSTGRESQL_OPTIONS = f"-c lock_timeout={_BUSY_TIMEOUT_MS} -c statement_timeout=120000"
 
 
 def connect(url: str) -> sa.Engine:
-    engine = sa.create_engine(url)
-    if engine.dialect.name == "sqlite":
+    """Nothing is opened yet. Raises SQLAlchemy's errors for an URL that cannot be."""
+    address = sa.make_url(url)
+    if address.get_backend_name() == "sqlite":
+        engine = sa.create_engine(address)
         sa.event.listen(engine, "connect", _configure_sqlite)
-    return engine
+        return engine
+    given = {"connect_timeout": _CONNECT_TIMEOUT_S, "options": _POSTGRESQL_OPTIONS}
+    arguments = {name: value for name, value in given.items() if name not in address.query}
+    # A server that was restarted is found again without a failed request.
+    return sa.create_engine(address, connect_args=arguments, pool_pre_ping=True)
 
 
 def _configure_sqlite(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
     assert isinstance(connection, SqliteConnection)
     # FULL, because a settled entry that a peer has seen must not vanish with the power.
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", f"busy_timeout={_BUSY_TIMEOUT_MS}"):
+    for pragma in (f"busy_timeout={_BUSY_TIMEOUT_MS}", "journal_mode=WAL", "synchronous=FULL"):
         connection.execute(f"PRAGMA {pragma}").close()
 
 
 def upgrade(engine: sa.Engine) -> None:
+    """Raises JournalError for a schema that this program does not know."""
+    config, script = _migrations()
+    with engine.begin() as connection:
+        if _current(connection, script) == script.get_current_head():
+            return
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def check(engine: sa.Engine) -> None:
+    """For readers, who change nothing. Raises JournalError unless the schema is this program's."""
+    _, script = _migrations()
+    with engine.connect() as connection:
+        if _current(connection, script) != script.get_current_head():
+            raise JournalError("the ledger's database is of an older gpu-pod; `pod up` brings it up to date")
+
+
+def _migrations() -> tuple[Config, ScriptDirectory]:
     config = Config()
     location = str(Path(__file__).parent / "migrations")
     config.set_main_option("script_location", location.replace("%", "%%"))
-    script = ScriptDirectory.from_config(config)
-    with engine.begin() as connection:
-        current = MigrationContext.configure(connection).get_current_revision()
-        if current == script.get_current_head():
-            return
-        if current is not None and current not in {step.revision for step in script.walk_revisions()}:
-            raise JournalError(f"the ledger's database is of schema {current}, newer than this gpu-pod knows")
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+    return config, ScriptDirectory.from_config(config)
+
+
+def _current(connection: sa.Connection, script: ScriptDirectory) -> str | None:
+    current = MigrationContext.configure(connection).get_current_revision()
+    if current is not None and current not in {step.revision for step in script.walk_revisions()}:
+        raise JournalError(f"the ledger's database is of schema {current}, newer than this gpu-pod knows")
+    return current

@@ -8,6 +8,7 @@ import typer
 
 from node.cli import show
 from node.cli.call import perform
+from node.cli.export import ledger_export
 from node.cli.options import AsJson
 
 ledger_app = typer.Typer(
@@ -76,5 +77,10 @@ def ledger_verify(context: typer.Context, as_json: AsJson = False) -> None:
     else:
         for violation in result["violations"]:
             show.err.print(violation, markup=False)
+        for name in result["frozen"]:
+            show.err.print(f"frozen: {name} signed two histories", markup=False)
     if not result["ok"]:
         raise typer.Exit(1)
+
+
+ledger_app.command("export")(ledger_export)

@@ -67,7 +67,7 @@ def _perform_at_node(
 
     headers = {"authorization": f"Bearer {running.local_token}"}
     timeout = httpx.Timeout(SILENCE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-    url = f"{running.api_url}/pod/v1/{operation}"
+    url = f"{running.local_url}/pod/v1/{operation}"
     try:
         # A proxy meant for the internet must not be given this machine's token.
         with (
@@ -76,7 +76,7 @@ def _perform_at_node(
         ):
             if response.status_code != 200:
                 response.read()
-                raise UserError(f"the node at {running.api_url} answered {response.status_code}")
+                raise UserError(f"the node at {running.local_url} answered {response.status_code}")
             for line in response.iter_lines():
                 message = json.loads(line)
                 if "error" in message:
@@ -87,8 +87,8 @@ def _perform_at_node(
                 if show_progress is not None:
                     show_progress(message["progress"])
     except httpx.HTTPError as error:
-        raise UserError(f"cannot reach the node at {running.api_url}: {error}") from None
-    raise UserError(f"the node at {running.api_url} stopped before it answered")
+        raise UserError(f"cannot reach the node at {running.local_url}: {error}") from None
+    raise UserError(f"the node at {running.local_url} stopped before it answered")
 
 
 def _perform_offline(

@@ -33,7 +33,7 @@ def chat(model: str | None, message: str | None, options: ChatOptions) -> None:
     if running is None:
         raise UserError("this machine's node is not running; say `pod up` first")
     client = OpenAI(
-        base_url=f"{running.api_url}/v1",
+        base_url=f"{running.local_url}/v1",
         api_key=running.local_token,
         max_retries=0,
         timeout=READ_TIMEOUT_S,

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from node.cli import show
+from node.cli.authority import ca, https_text
+from node.cli.backup import backup, restore
 from node.cli.books import ledger_app
 from node.cli.call import Json, perform, require_pod, this_home, wait_until_stopped
 from node.cli.keys import key_app
@@ -22,18 +24,24 @@ from node.cli.options import (
     AsJson,
     Compile,
     Data,
+    Database,
     DeviceOption,
     Discover,
     HiddenBits,
+    InsecureHttp,
     Listen,
+    MaxSessions,
     MemberName,
     Memory,
     NodeName,
     NoServe,
     Speculation,
+    TlsCert,
+    TlsKey,
     node_settings,
 )
 from node.cli.times import times_tables
+from node.cli.treasury import transfer, treasury_app
 from node.errors import UserError
 from node.settings import (
     DEFAULT_API_ADDRESS,
@@ -54,7 +62,13 @@ app.add_typer(model_app, name="model")
 app.add_typer(key_app, name="key")
 app.add_typer(members_app, name="members")
 app.add_typer(ledger_app, name="ledger")
+app.add_typer(treasury_app, name="treasury")
+# A negative amount is refused in our words, not taken for an option.
+app.command("transfer", context_settings={"ignore_unknown_options": True})(transfer)
 app.command("models")(models)
+app.command("backup")(backup)
+app.command("restore")(restore)
+app.command("ca")(ca)
 
 
 @app.command()
@@ -62,12 +76,13 @@ def create(
     name: Annotated[str, typer.Argument(help="The pod's name.")],
     member: MemberName = None,
     node_name: NodeName = None,
+    database: Database = None,
     as_json: AsJson = False,
 ) -> None:
     """Create a pod: this machine becomes its first node, you its owner."""
     from node.office import create_pod, machine_name
 
-    result = create_pod(this_home(), name, member or _login_name(), node_name or machine_name())
+    result = create_pod(this_home(), name, member or _login_name(), node_name or machine_name(), database)
     if as_json:
         return show.print_json(result)
     show.out.print(
@@ -148,6 +163,11 @@ def join(
     discover: Discover = True,
     compile_layers: Compile = True,
     speculation: Speculation = True,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    insecure_http: InsecureHttp = False,
+    database: Database = None,
+    max_sessions: MaxSessions = None,
     as_json: AsJson = False,
 ) -> None:
     """Join a pod with an invite, then run this machine's node in the foreground."""
@@ -168,6 +188,11 @@ def join(
         compile_layers,
         speculation,
         hidden_bits,
+        tls_cert,
+        tls_key,
+        insecure_http,
+        database,
+        max_sessions,
     )
     home = this_home()
     result = join_pod(home, invite, member or _login_name(), node_name or machine_name(), settings)
@@ -193,6 +218,11 @@ def up(
     discover: Discover = True,
     compile_layers: Compile = True,
     speculation: Speculation = True,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    insecure_http: InsecureHttp = False,
+    database: Database = None,
+    max_sessions: MaxSessions = None,
     as_json: AsJson = False,
 ) -> None:
     """Run this machine's node in the foreground until Ctrl-C."""
@@ -214,6 +244,11 @@ def up(
         compile_layers,
         speculation,
         hidden_bits,
+        tls_cert,
+        tls_key,
+        insecure_http,
+        database,
+        max_sessions,
     )
     run_node(home, settings, as_json)
 
@@ -231,6 +266,8 @@ def status(as_json: AsJson = False) -> None:
     show.out.print(
         f"Pod [bold]{result['pod']['name']}[/]  node [bold]{node['name']}[/] of {node['member']}: {state}"
     )
+    if node["https"]:
+        show.out.print(https_text(node["https"], result["pod"]["authority_sha256"]), markup=False)
     show.table(
         ("node", "member", "live", "device", "layers", "address"),
         [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -117,6 +118,54 @@ Speculation = Annotated[
 ]
 
 
+Database = Annotated[
+    str | None,
+    typer.Option(
+        "--db",
+        envvar="POD_DB",
+        metavar="URL",
+        help="The ledger's database, such as postgresql+psycopg://user@host/name; remembered "
+        "(default: SQLite in the state directory).",
+    ),
+]
+
+TlsCert = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-cert",
+        envvar="POD_TLS_CERT",
+        metavar="FILE",
+        help="A certificate (PEM, with its chain) for the API, in place of the pod's own.",
+    ),
+]
+TlsKey = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-key", envvar="POD_TLS_KEY", metavar="FILE", help="Its key (default: in the same file)."
+    ),
+]
+InsecureHttp = Annotated[
+    bool,
+    typer.Option(
+        "--insecure-http",
+        envvar="POD_INSECURE_HTTP",
+        help="Plain HTTP even at an --api address that other machines reach: keys and prompts are readable.",
+    ),
+]
+
+MaxSessions = Annotated[
+    int | None,
+    typer.Option(
+        "--max-sessions",
+        envvar="POD_MAX_SESSIONS",
+        min=1,
+        max=4096,
+        metavar="N",
+        help="How many requests run at once on this node's layers (default: as many as its memory holds).",
+    ),
+]
+
+
 def node_settings(
     api: str,
     listen: str,
@@ -131,11 +180,20 @@ def node_settings(
     compile_layers: bool = True,
     speculation: bool = True,
     hidden_bits: str = "16",
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    insecure_http: bool = False,
+    database: str | None = None,
+    max_num_sessions: int | None = None,
 ) -> NodeSettings:
     if device not in DEVICES:
         raise UserError(f"--device must be one of {', '.join(DEVICES)} (got {device!r})")
     if hidden_bits not in HIDDEN_BITS:
         raise UserError(f"--hidden-bits must be one of {', '.join(HIDDEN_BITS)} (got {hidden_bits!r})")
+    if tls_key is not None and tls_cert is None:
+        raise UserError("--tls-key needs --tls-cert")
+    if tls_cert is not None and insecure_http:
+        raise UserError("--insecure-http and --tls-cert exclude each other")
     if advertise is not None:
         check_host(advertise, "--advertise")
     if advertise_listen is not None:
@@ -156,4 +214,9 @@ def node_settings(
         advertise_listen=advertise_listen,
         advertise_data=advertise_data,
         hidden_bits=HIDDEN_BITS[hidden_bits],
+        tls_cert=tls_cert,
+        tls_key=tls_key or tls_cert,
+        insecure_http=insecure_http,
+        database=database,
+        max_num_sessions=max_num_sessions,
     )

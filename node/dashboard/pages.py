@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from node.amounts import period_text, share_text
 from node.dashboard import present
 from node.gateway.backend import DashboardView, ModelRow, NodeRow, ShardRow
 
@@ -56,6 +57,7 @@ def _environment() -> Environment:
         "clock_time",
     )
     environment.filters.update({name: getattr(present, name) for name in names})
+    environment.filters |= {"share": share_text, "period": period_text}
     environment.globals["strips"] = strips
     environment.globals["style_version"] = _version("dashboard.css")
     environment.globals["script_version"] = _version("dashboard.js")

@@ -13,13 +13,23 @@ from node.dashboard.live_view import LiveViewResponse, LiveViews
 from node.dashboard.pages import dashboard_page, login_page, static_file
 from node.gateway.access import COOKIE, LOGIN_LIFETIME_S, Logins, authenticate, caller_of, is_same_origin
 from node.gateway.backend import Backend, KeyRefused
+from node.gateway.body import read_body
 from node.gateway.errors import ApiError
 from node.gateway.metrics import GatewayMetrics
 
 MAX_FORM_BYTES = 16 * 1024
 STATIC_TYPES = {"dashboard.css": "text/css", "dashboard.js": "text/javascript", "pod.svg": "image/svg+xml"}
 
-router = APIRouter()
+SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
+
+
+def _check_origin(request: Request) -> None:
+    """For every action of the dashboard, whoever adds it."""
+    if request.method not in SAFE_METHODS and not is_same_origin(request):
+        raise ApiError(403, "This form was sent from another site.", code="wrong_origin")
+
+
+router = APIRouter(dependencies=[Depends(_check_origin)])
 
 
 class Dashboard:
@@ -65,7 +75,6 @@ async def show_login() -> Response:
 
 @router.post("/login", response_model=None)
 async def log_in(request: Request, dashboard: CurrentDashboard) -> Response:
-    _check_origin(request)
     try:
         dashboard.logins.count_attempt(request.client.host if request.client else "")
         caller = await authenticate(await _form_field(request, "key"), dashboard.backend)
@@ -85,8 +94,7 @@ async def log_in(request: Request, dashboard: CurrentDashboard) -> Response:
 
 
 @router.post("/logout", response_model=None)
-async def log_out(request: Request) -> Response:
-    _check_origin(request)
+async def log_out() -> Response:
     response = RedirectResponse("/login", status_code=303)
     response.delete_cookie(COOKIE, httponly=True, samesite="strict")
     return response
@@ -108,17 +116,8 @@ async def static(name: str) -> Response:
     return Response(static_file(name), media_type=STATIC_TYPES[name], headers=headers)
 
 
-def _check_origin(request: Request) -> None:
-    if not is_same_origin(request):
-        raise ApiError(403, "This form was sent from another site.", code="wrong_origin")
-
-
 async def _form_field(request: Request, name: str) -> str:
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MAX_FORM_BYTES:
-            raise ApiError(413, "The form is too large.", code="request_too_large")
+    body = await read_body(request, MAX_FORM_BYTES)
     try:
         fields = parse_qs(body.decode(), max_num_fields=8)
     except ValueError:

@@ -12,15 +12,17 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from ledger.receipt import Dispute, Sign
+from ledger.entry import DisputeReason
+from ledger.receipt import Dispute, Sign, WrongTerms
 from node.engine.admission import Admission
 from node.engine.dialler import Dial, Dialler
 from node.engine.endings import Endings
 from node.engine.events import EngineEvent, ReceiptHeld
 from node.engine.hidden_rows import are_finite, rows_tensor
-from node.engine.opening import Refusal, packed_ids
+from node.engine.opening import NoRoom, Refusal, packed_ids
 from node.engine.session import BadFrame, StageSession
 from node.engine.session_book import SessionBook
+from node.engine.waiting_room import WaitingRoom
 from node.links.frames import (
     CloseSession,
     ErrorCode,
@@ -66,6 +68,7 @@ class Arrivals:
         self._sign = sign
         self._on_event = on_event
         self._clock_ms = clock_ms
+        self._waiting_room = WaitingRoom()
 
     def frame(self, peer: bytes, frame: Frame) -> None:
         match frame:
@@ -81,6 +84,8 @@ class Arrivals:
                 session = self._book.sessions.get(frame.session)
                 if session is not None and session.head == peer:
                     self._head_said(session, frame)
+                elif isinstance(frame, CloseSession):
+                    self._waiting_room.remove(peer, frame.session)
             case _:
                 log.warning("a %s is nothing a stage takes", type(frame).__name__)
 
@@ -162,14 +167,42 @@ class Arrivals:
             self._book.set_deadline(session, session.end_ms)
 
     def _open(self, peer: bytes, opening: OpenSession) -> None:
-        if opening.session in self._book.sessions:
+        if opening.session in self._book.sessions or opening.session in self._waiting_room:
             return
         try:
-            session = self._admission.admit(peer, opening)
-        except Refusal as refusal:
-            error = SessionError(opening.session, opening.stage_index, refusal.code, str(refusal))
-            self._endings.send_to_head(peer, error)
+            self._endings.unpaid.check(peer, opening)
+            candidate = self._admission.check(peer, opening)
+            session = self._admission.take(candidate)
+        except NoRoom as refusal:
+            if not self._waiting_room.add(candidate, self._clock_ms()):
+                self._refuse(opening, refusal)
             return
+        except Refusal as refusal:
+            self._refuse(opening, refusal, peer)
+            return
+        self._opened(session)
+
+    def admit_waiting(self) -> None:
+        """Whoever waits for room, in the order of their counters."""
+        refused = self._waiting_room.admit(
+            lambda candidate: self._opened(self._admission.take(candidate)),
+            self._admission.rank,
+            self._clock_ms(),
+            self._book.num_quieted,
+        )
+        for candidate, refusal in refused:
+            self._refuse(candidate.opening, refusal)
+
+    @property
+    def has_waiting(self) -> bool:
+        return bool(self._waiting_room)
+
+    def _refuse(self, opening: OpenSession, refusal: Refusal, peer: bytes | None = None) -> None:
+        error = SessionError(opening.session, opening.stage_index, refusal.code, str(refusal))
+        self._endings.send_to_head(peer or opening.head, error)
+
+    def _opened(self, session: StageSession) -> None:
+        self._endings.unpaid.admitted(session.opening)
         self._book.add(session)
         wait_ms = MAX_UNSTARTED_MS if session.is_first_stage else MAX_UNFED_MS
         self._book.set_deadline(session, min(session.end_ms, self._clock_ms() + wait_ms))
@@ -224,16 +257,18 @@ class Arrivals:
         self._push(session, num_cached_tokens, num_tokens, prompt_ids, num_cached_tokens, now_s)
 
     def _sign_receipt(self, session: StageSession, raw: bytes) -> None:
+        num_signed_before = session.meter.num_signed_tokens
         try:
             receipt = session.meter.co_sign(raw, self._sign)
             if receipt is None:
                 return
         except Dispute as dispute:
-            self._endings.end(session, ErrorCode.DISPUTED_RECEIPT, str(dispute))
+            is_terms = isinstance(dispute, WrongTerms)
+            reason = DisputeReason.TERMS if is_terms else DisputeReason.COUNTS
+            self._endings.dispute(session, reason, raw, str(dispute))
             return
         self._on_event(ReceiptHeld(session.id, receipt))
-        if session.is_paused and not session.is_set_aside:
-            self._book.resume(session)
+        self._endings.signed(session, session.meter.num_signed_tokens - num_signed_before)
         self._endings.tell(session, ReceiptSigned(session.id, receipt))
 
     def link_down(self, peer: bytes, reason: str) -> None:
@@ -244,6 +279,7 @@ class Arrivals:
                 self._endings.set_aside(session, ErrorCode.NEXT_HOP_UNREACHABLE, message)
 
     def head_down(self, head: bytes, reason: str) -> None:
+        self._waiting_room.remove(head)
         for session in list(self._book.sessions.values()):
             if session.head == head:
                 self._endings.forget(session, f"the head is gone: {reason}")

@@ -17,9 +17,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from node.engine.events import ReceiptHeld, SessionEnded
+from node.engine.events import ReceiptHeld, SessionEnded, WorkDisputed
 from node.engine.messages import (
     LENGTH_BYTES,
+    MAX_NUM_RATE_CARDS,
+    MAX_NUM_STANDINGS,
     Command,
     Configure,
     Done,
@@ -30,9 +32,11 @@ from node.engine.messages import (
     GetStats,
     LoadProgress,
     LoadShard,
+    MemberStanding,
     Message,
     MessageError,
     SetRateCard,
+    SetStandings,
     SetTrust,
     ShardReady,
     Stop,
@@ -72,6 +76,7 @@ class EngineConfig:
     log_path: Path | None = None
     compile_dir: Path | None = None
     hidden_bits: int = 16
+    max_num_sessions: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +110,7 @@ class EngineRestarted:
     failed: tuple[str, ...]
 
 
-EngineEvent = ReceiptHeld | SessionEnded | EngineExited | EngineRestarted
+EngineEvent = ReceiptHeld | SessionEnded | WorkDisputed | EngineExited | EngineRestarted
 OnProgress = Callable[[int, int], None]
 
 
@@ -123,6 +128,7 @@ class EngineClient:
         self._shards: dict[tuple[str, int, int], tuple[ShardSpec, bytes]] = {}
         self._certificates: tuple[bytes, ...] = ()
         self._rate_cards: dict[bytes, None] = {}
+        self._standings: tuple[MemberStanding, ...] = ()
         self._is_stopping = False
 
     @property
@@ -154,9 +160,17 @@ class EngineClient:
         await self._ask(SetTrust(self._number(), self._certificates), ANSWER_TIMEOUT_S)
 
     async def set_rate_card(self, rate_card: bytes) -> None:
-        """One more version (encoded) that sessions may be opened with."""
+        """A version (encoded) that sessions may be opened with; the oldest said gives way."""
+        self._rate_cards.pop(rate_card, None)
         self._rate_cards[rate_card] = None
+        while len(self._rate_cards) > MAX_NUM_RATE_CARDS:
+            del self._rate_cards[next(iter(self._rate_cards))]
         await self._ask(SetRateCard(self._number(), rate_card), ANSWER_TIMEOUT_S)
+
+    async def set_standings(self, standings: Sequence[MemberStanding]) -> None:
+        """What every member weighs and which nodes are whose; before the trust that lets those nodes in."""
+        self._standings = tuple(standings[:MAX_NUM_STANDINGS])
+        await self._ask(SetStandings(self._number(), self._standings), ANSWER_TIMEOUT_S)
 
     async def stats(self) -> EngineStats:
         stats = await self._ask(GetStats(self._number()), ANSWER_TIMEOUT_S)
@@ -240,8 +254,9 @@ class EngineClient:
 
     async def _reload(self, ready: EngineReady) -> None:
         failed, shards = [], []
+        await self._ask(SetStandings(self._number(), self._standings), ANSWER_TIMEOUT_S)
         await self._ask(SetTrust(self._number(), self._certificates), ANSWER_TIMEOUT_S)
-        for rate_card in self._rate_cards:
+        for rate_card in tuple(self._rate_cards):
             await self._ask(SetRateCard(self._number(), rate_card), ANSWER_TIMEOUT_S)
         for spec, _ in list(self._shards.values()):
             try:
@@ -321,7 +336,7 @@ class EngineClient:
                 case LoadProgress():
                     if message.request in self._on_progress:
                         self._on_progress[message.request](message.bytes_done, message.bytes_total)
-                case ReceiptHeld() | SessionEnded():
+                case ReceiptHeld() | SessionEnded() | WorkDisputed():
                     self._on_event(message)
                 case Done() | Failed() | ShardReady() | EngineStats():
                     future = self._waiting.get(message.request)
@@ -353,6 +368,7 @@ def _configure(config: EngineConfig) -> Configure:
         config.num_threads or 0,
         str(config.compile_dir or ""),
         config.hidden_bits,
+        config.max_num_sessions or 0,
     )
 
 

@@ -20,21 +20,24 @@ import torch
 
 from ledger.rate_card import DEFAULT_RATE_CARD, RateCard
 from ledger.receipt import Sign
-from node.engine.admission import Admission
+from node.engine.admission import MAX_NUM_SESSIONS, Admission
 from node.engine.arrivals import Arrivals
 from node.engine.dialler import Dialler
 from node.engine.endings import Endings
 from node.engine.events import EngineEvent
+from node.engine.fair_share import FairShare
 from node.engine.group import Group
 from node.engine.inbox import Inbox
 from node.engine.layer_pass import run_layers
 from node.engine.loaded import LoadedShard
+from node.engine.messages import MAX_NUM_RATE_CARDS, MemberStanding
 from node.engine.outbox import Outbox
 from node.engine.outputs import Outputs, account
 from node.engine.room import make_room
 from node.engine.scheduler import StepLimits, schedule
 from node.engine.session import Slice
 from node.engine.session_book import SessionBook
+from node.engine.waiting_room import CHECK_EVERY_MS
 from node.links.frames import ErrorCode
 from node.links.port import DownCallback, FrameCallback, StageLinks
 
@@ -46,8 +49,6 @@ Answer = TypeVar("Answer")
 BULK_RETRY_S = 0.002
 STOP_TIMEOUT_S = 10.0
 MAX_WAIT_S = 3600.0
-# A session with more output unsigned waits for its head: that and its prompt are all a stage can lose.
-MAX_NUM_UNSIGNED_OUTPUT_TOKENS = 256
 MAX_NUM_ENTRIES_PER_STEP = 256
 MAX_ENTRIES_S = 0.02
 
@@ -66,6 +67,7 @@ class Engine:
         limits: StepLimits | None = None,
         on_crash: Callable[[], None] = lambda: None,
         hidden_bits: int = 16,
+        max_num_sessions: int = MAX_NUM_SESSIONS,
     ) -> None:
         """`on_crash` is called when the loop cannot go on: nothing is served any more. `hidden_bits`: how
         hidden states travel to the next stage, 16 (as they are), 8, or 0 for 8 where the way is long.
@@ -77,6 +79,7 @@ class Engine:
         self._shards: list[LoadedShard] = []
         self._rate_cards: dict[int, RateCard] = {DEFAULT_RATE_CARD.version: DEFAULT_RATE_CARD}
         self._book = SessionBook()
+        self._fair_share = FairShare(node, pod, clock_ms)
         self._is_stopping = False
         self._thread = threading.Thread(target=self._loop, name="engine-loop", daemon=True)
         self.links = make_links(
@@ -92,7 +95,16 @@ class Engine:
         )
         self._arrivals = Arrivals(
             self._book,
-            Admission(node, pod, self._book, self._shards, self._rate_cards, clock_ms),
+            Admission(
+                node,
+                pod,
+                self._book,
+                self._shards,
+                self._rate_cards,
+                clock_ms,
+                self._fair_share,
+                max_num_sessions,
+            ),
             self._endings,
             self._dialler,
             self.links,
@@ -124,7 +136,17 @@ class Engine:
         return self._ask(partial(self._drop_shard, model, start_layer, end_layer))
 
     def set_rate_card(self, card: RateCard) -> None:
-        self._post(self._rate_cards.__setitem__, card.version, card)
+        self._post(self._keep_rate_card, card)
+
+    def _keep_rate_card(self, card: RateCard) -> None:
+        self._rate_cards.pop(card.version, None)
+        self._rate_cards[card.version] = card
+        while len(self._rate_cards) > MAX_NUM_RATE_CARDS:
+            del self._rate_cards[next(iter(self._rate_cards))]
+
+    def set_standings(self, standings: Sequence[MemberStanding]) -> None:
+        """Who the members are, what they weigh, which nodes are theirs."""
+        self._post(self._fair_share.set_standings, standings)
 
     def shards(self) -> Future[list[tuple[LoadedShard, int]]]:
         """Each shard with its number of open sessions."""
@@ -137,6 +159,7 @@ class Engine:
             with torch.inference_mode():
                 while not self._is_stopping:
                     self._drain_inbox(wait=not self._book.ready)
+                    self._arrivals.admit_waiting()
                     if self._book.ready and not self.step():
                         # All that waits, waits for a next hop to read on; nothing tells when it does.
                         self._drain_inbox(wait=True, timeout_s=BULK_RETRY_S)
@@ -148,11 +171,18 @@ class Engine:
     def step(self) -> bool:
         """Schedule, run, sample, send. False when nothing could be scheduled."""
         book = self._book
-        batch = schedule(book.ready, book.groups.values(), self._limits, self.links.can_send_bulk)
+        batch = schedule(
+            book.ready,
+            book.groups.values(),
+            self._limits,
+            self.links.can_send_bulk,
+            self._fair_share.rank if len(book.num_of_payer) > 1 else None,
+        )
         for part in batch:
             del book.ready[part.session]
         preempted = make_room(batch, book.sessions.values())
         for session in preempted:
+            self._fair_share.preempted(session)
             self._endings.set_aside(session, ErrorCode.PREEMPTED, "its KV room went to older sessions")
         runnable = [part for part in batch if not part.session.is_set_aside] if preempted else batch
         for group, parts in _by_group(runnable).items():
@@ -172,10 +202,11 @@ class Engine:
             self._endings.end_all([part.session.id for part in parts], ErrorCode.INTERNAL, reason)
             return
         account(parts, started_s)
+        self._fair_share.charge(parts)
         for part in parts:
-            session, meter = part.session, part.session.meter
-            if meter.num_output_tokens - meter.num_signed_output_tokens > MAX_NUM_UNSIGNED_OUTPUT_TOKENS:
-                self._book.pause(session)
+            session = part.session
+            if session.meter.is_at_limit:
+                self._endings.wait_for_signature(session)
             elif session.waiting:
                 self._book.make_ready(session)
         for session in broken:
@@ -219,6 +250,8 @@ class Engine:
         elif timeout_s is None and (deadline_ms := self._book.next_deadline_ms) is not None:
             left_s = (deadline_ms - self._clock_ms()) / 1000
             timeout_s = min(max(0.0, left_s), MAX_WAIT_S)
+        if timeout_s != 0 and self._arrivals.has_waiting:
+            timeout_s = min(timeout_s or MAX_WAIT_S, CHECK_EVERY_MS / 1000)
         until_s = None
         for _ in range(MAX_NUM_ENTRIES_PER_STEP):
             call = self._inbox.take(timeout_s)

@@ -24,4 +24,17 @@ class SessionEnded:
     reason: str
 
 
-EngineEvent = ReceiptHeld | SessionEnded
+@dataclass(frozen=True, slots=True)
+class WorkDisputed:
+    """A session that ended because its head did not sign, or signed for something else.
+
+    `reason` is a `ledger.entry.DisputeReason`; `receipt` what the head sent, or the newest that was co-signed
+    (encoded, may be empty). Nothing in it has been checked.
+    """
+
+    session: bytes
+    reason: int
+    receipt: bytes
+
+
+EngineEvent = ReceiptHeld | SessionEnded | WorkDisputed

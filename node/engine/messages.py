@@ -13,11 +13,13 @@ from dataclasses import dataclass
 
 import cbor2
 
-from node.engine.events import ReceiptHeld, SessionEnded
+from node.engine.events import ReceiptHeld, SessionEnded, WorkDisputed
 from node.speed import Speed
 
 LENGTH_BYTES = 4
+MAX_NUM_RATE_CARDS = 4
 MAX_MESSAGE_BYTES = 16 << 20
+MAX_NUM_STANDINGS = 65_536
 
 
 class MessageError(Exception):
@@ -28,7 +30,8 @@ class MessageError(Exception):
 class Configure:
     """The first command. Empty `memory_bytes` and `num_threads` (0): the engine decides. `compile_dir` keeps
     compiled layers; empty: none are compiled. `hidden_bits`: how hidden states travel to the next stage, 16
-    (as they are), 8, or 0 for 8 where the way is long.
+    (as they are), 8, or 0 for 8 where the way is long. `max_num_sessions`: that run at once; 0: the engine's
+    own limit.
     """
 
     node_key_path: str
@@ -39,6 +42,7 @@ class Configure:
     num_threads: int
     compile_dir: str
     hidden_bits: int
+    max_num_sessions: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +71,28 @@ class SetTrust:
 
 @dataclass(frozen=True, slots=True)
 class SetRateCard:
+    """The engine keeps the last `MAX_NUM_RATE_CARDS` it was told; sessions keep the one they began with."""
+
     request: int
     rate_card: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class MemberStanding:
+    """What a member weighs in the queue, and which nodes are its own."""
+
+    member: bytes
+    weight_per_mille: int
+    is_past_credit_line: bool
+    nodes: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SetStandings:
+    """All members of the pod, or as many as `MAX_NUM_STANDINGS`."""
+
+    request: int
+    standings: tuple[MemberStanding, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,14 +171,14 @@ class EngineStats:
     used_memory_bytes: int
 
 
-Command = LoadShard | DropShard | SetTrust | SetRateCard | GetStats | Stop
+Command = LoadShard | DropShard | SetTrust | SetRateCard | SetStandings | GetStats | Stop
 Reply = Done | Failed | ShardReady | EngineStats
-Event = LoadProgress | ReceiptHeld | SessionEnded
+Event = LoadProgress | ReceiptHeld | SessionEnded | WorkDisputed
 Message = Configure | EngineReady | Command | Reply | Event
 
 # The number on the wire is the place in this tuple; both processes are always the same version.
 _TYPES: tuple[type[Message], ...] = typing.get_args(Message)
-_HINTS = {kind: typing.get_type_hints(kind) for kind in (*_TYPES, ShardStats, Speed)}
+_HINTS = {kind: typing.get_type_hints(kind) for kind in (*_TYPES, ShardStats, MemberStanding, Speed)}
 
 
 def encode(message: Message) -> bytes:

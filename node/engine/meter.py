@@ -14,17 +14,22 @@ from __future__ import annotations
 
 from ledger.rate_card import RateCard
 from ledger.receipt import (
-    Dispute,
     Receipt,
     ReceiptError,
     Sign,
     SignedReceipt,
     WorkCount,
+    WrongTerms,
     check_against_count,
     co_sign,
     verify_head,
 )
 from node.links.frames import OpenSession
+
+# With more output unsigned a session waits for its head. The first receipt is for the prompt too, so until
+# then it is less: these and the prompt are all that a stage can lose by one session.
+MAX_NUM_UNSIGNED_TOKENS = 256
+MAX_NUM_UNSIGNED_FIRST_TOKENS = 64
 
 
 class Meter:
@@ -34,6 +39,7 @@ class Meter:
         self._num_parameters = num_parameters
         self._rate_card = rate_card
         self._last: Receipt | None = None
+        self._last_raw = b""
         self._has_repeated = False
         self._is_replay = opening.num_output_tokens_before > 0
         self._prompt_end = opening.num_prompt_tokens
@@ -52,6 +58,29 @@ class Meter:
     def num_kept_output_tokens(self) -> int:
         """Without the guesses that nobody has said came true."""
         return max(self.num_output_tokens - self._num_open_drafts, self.num_signed_output_tokens)
+
+    @property
+    def is_at_limit(self) -> bool:
+        """Nothing more before the head has signed."""
+        limit = MAX_NUM_UNSIGNED_TOKENS if self.num_signed_output_tokens else MAX_NUM_UNSIGNED_FIRST_TOKENS
+        return self.num_output_tokens - self.num_signed_output_tokens > limit
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Prompt that was not in the cache, and output: what a head has to sign for."""
+        return self.num_prompt_tokens - self.num_cached_tokens + self.num_kept_output_tokens
+
+    @property
+    def num_signed_tokens(self) -> int:
+        last = self._last
+        if last is None:
+            return 0
+        return last.num_prompt_tokens - last.num_cached_tokens + last.num_output_tokens
+
+    @property
+    def last_receipt(self) -> bytes:
+        """The newest that was co-signed here, encoded; empty when there is none."""
+        return self._last_raw
 
     def count(self, position: int, num_tokens: int, num_drafts: int = 0) -> None:
         """`num_tokens` rows from `position` on went through the layers, the last `num_drafts` of guesses."""
@@ -74,11 +103,12 @@ class Meter:
                 return None
             verify_head(signed)
         except ReceiptError as error:
-            raise Dispute(str(error)) from error
+            raise WrongTerms(str(error)) from error
         check_against_count(signed.receipt, self._work())
         self._last, self._has_repeated = signed.receipt, is_repeat
         self.num_signed_output_tokens = signed.receipt.num_output_tokens
-        return co_sign(signed, sign).encode()
+        self._last_raw = co_sign(signed, sign).encode()
+        return self._last_raw
 
     def _is_repeat(self, receipt: Receipt) -> bool:
         """No more tokens than the last. The first such is the one that a head closes a session with."""

@@ -21,6 +21,10 @@ class Refusal(Exception):
         self.code = code
 
 
+class NoRoom(Refusal):
+    """Nothing is wrong but that others are there, or come first: what may yet come in."""
+
+
 def find_shard(opening: OpenSession, node: bytes, peer: bytes, shards: Iterable[LoadedShard]) -> LoadedShard:
     """The shard that runs this stage. Raises Refusal."""
     route, index = opening.route, opening.stage_index

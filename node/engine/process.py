@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from ledger.rate_card import RateCard, RateCardError
+from node.engine.admission import MAX_NUM_SESSIONS
 from node.engine.compile import LayerCompiler
 from node.engine.device import (
     choose_device,
@@ -48,6 +49,7 @@ from node.engine.messages import (
     Message,
     MessageError,
     SetRateCard,
+    SetStandings,
     SetTrust,
     ShardReady,
     ShardStats,
@@ -133,6 +135,7 @@ class EngineProcess:
             # The node process starts a new one; a live process with a dead loop would keep all waiting.
             on_crash=lambda: end_process(1),
             hidden_bits=config.hidden_bits,
+            max_num_sessions=config.max_num_sessions or MAX_NUM_SESSIONS,
         )
         self._kernels = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-kernels").submit(
             kernels_or_none
@@ -173,6 +176,8 @@ class EngineProcess:
                 self._reporting(command, self._set_trust)
             case SetRateCard():
                 self._reporting(command, self._set_rate_card)
+            case SetStandings():
+                self._reporting(command, self._set_standings)
             case GetStats():
                 self._reporting(command, self._stats)
             case _:
@@ -255,6 +260,10 @@ class EngineProcess:
 
     def _set_rate_card(self, order: SetRateCard) -> Done:
         self._engine.set_rate_card(RateCard.decode(order.rate_card))
+        return Done(order.request)
+
+    def _set_standings(self, order: SetStandings) -> Done:
+        self._engine.set_standings(order.standings)
         return Done(order.request)
 
     def _stats(self, order: GetStats) -> EngineStats:

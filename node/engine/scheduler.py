@@ -28,16 +28,23 @@ class StepLimits:
     min_num_prefill_tokens: int = 8
 
 
+Rank = Callable[[StageSession], tuple[int, int]]
+
+
 def schedule(
     ready: Iterable[StageSession],
     groups: Iterable[Group],
     limits: StepLimits,
     can_send_bulk: Callable[[bytes], bool],
+    rank: Rank | None = None,
 ) -> list[Slice]:
-    """`ready` in the order they became so: who has just run comes last, so that all take turns.
+    """`ready` in the order they became so: who has just run comes last, so that all take turns. With `rank`
+    those of the lowest come first, and take turns among themselves.
 
     At most one slice per session, decodes first. Empty when all that waits, waits for room at a next hop.
     """
+    if rank is not None:
+        ready = sorted(ready, key=rank)
     batch: list[Slice] = []
     num_decode_rows = 0
     prefilling: list[StageSession] = []

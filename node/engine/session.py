@@ -19,6 +19,7 @@ from node.engine.loaded import LoadedShard
 from node.engine.meter import Meter
 from node.engine.sampling_edits import LogitEdits
 from node.engine.speculation import PassCosts, Speculation
+from node.engine.turns import Claim
 from node.links.frames import OpenSession, Stage
 
 # A row beside other sessions' must earn twice what it delays them: it saves mostly one such row later, for
@@ -58,7 +59,8 @@ class StageSession:
 
     `number` tells younger sessions (higher) from older ones. `num_cached_tokens` rows of KV were here when it
     opened. `is_paused`: its head has to sign first. `is_set_aside`: it has no KV and waits to be closed.
-    `draft_ids` are those of the last input: the next may begin at any of their rows, not before them.
+    `draft_ids` are those of the last input: the next may begin at any of their rows, not before them. `claim`
+    is what it came in on; the costs are what its tokens move its payer's counter by.
     """
 
     opening: OpenSession
@@ -85,10 +87,14 @@ class StageSession:
     edits: LogitEdits | None = None
     draft_ids: tuple[int, ...] = ()
     speculation: Speculation | None = None
+    claim: Claim = Claim.SHARE
+    cost_per_prompt_token: int = 1
+    cost_per_output_token: int = 1
     waiting: deque[Slice] = field(default_factory=deque)
     # What every step asks for, looked up once.
     id: bytes = field(init=False)
     head: bytes = field(init=False)
+    payer: bytes = field(init=False)
     num_prompt_tokens: int = field(init=False)
     num_own_prompt_tokens: int = field(init=False)
     max_num_tokens: int = field(init=False)
@@ -103,6 +109,7 @@ class StageSession:
         route, index = opening.route, opening.stage_index
         self.id = opening.session
         self.head = opening.head
+        self.payer = opening.payer
         self.num_prompt_tokens = opening.num_prompt_tokens
         self.num_own_prompt_tokens = num_own_prompt_tokens(opening)
         self.max_num_tokens = max_num_tokens(opening)

@@ -1,4 +1,4 @@
-"""The sessions of one engine: by id, whose input waits, by group, by head, and when each is overdue.
+"""The sessions of one engine: by id, whose input waits, by group, head and payer, and when each is overdue.
 
 It only keeps them; what happens to a session is decided elsewhere. Owned by the loop thread.
 """
@@ -23,8 +23,16 @@ class SessionBook:
         self.ready: dict[StageSession, None] = {}
         self.groups: dict[_GroupKey, Group] = {}
         self.num_of_head: Counter[bytes] = Counter()
+        self.num_of_payer: Counter[bytes] = Counter()
+        # Rises whenever room may have come free.
+        self.num_quieted = 0
         self._deadlines: list[tuple[int, bytes]] = []
         self._num_so_far = 0
+
+    @property
+    def num_with_kv(self) -> int:
+        """Those set aside take no place."""
+        return sum(not session.is_set_aside for session in self.sessions.values())
 
     def next_number(self) -> int:
         self._num_so_far += 1
@@ -45,6 +53,7 @@ class SessionBook:
     def add(self, session: StageSession) -> None:
         self.sessions[session.id] = session
         self.num_of_head[session.head] += 1
+        self.num_of_payer[session.payer] += 1
         session.group.num_sessions += 1
 
     def remove(self, session: StageSession) -> bool:
@@ -54,12 +63,16 @@ class SessionBook:
         self.num_of_head[session.head] -= 1
         if not self.num_of_head[session.head]:
             del self.num_of_head[session.head]
+        self.num_of_payer[session.payer] -= 1
+        if not self.num_of_payer[session.payer]:
+            del self.num_of_payer[session.payer]
         session.group.num_sessions -= 1
         self.quiet(session)
         return True
 
     def quiet(self, session: StageSession) -> None:
         """Nothing of it runs any more."""
+        self.num_quieted += 1
         self.ready.pop(session, None)
         session.waiting.clear()
         self._stop_decoding(session)

@@ -15,12 +15,14 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from urllib.parse import urlsplit
 
 from fastapi import Request
 
 from node.gateway.backend import Backend, Caller
 from node.gateway.errors import ApiError, key_error
+from node.gateway.rate_headers import rate_headers
 
 COOKIE = "pod_login"
 LOGIN_LIFETIME_S = 12 * 3600
@@ -40,7 +42,9 @@ async def caller_of(request: Request, backend: Backend) -> Caller:
         raise key_error(
             "No API key given. Send 'Authorization: Bearer sk-pod-…'; `pod key create` makes one."
         )
-    return await authenticate(bearer, backend)
+    caller = await authenticate(bearer, backend)
+    request.state.rate_headers = partial(rate_headers, backend, caller)
+    return caller
 
 
 async def authenticate(bearer: str, backend: Backend) -> Caller:
@@ -60,9 +64,18 @@ def is_local(request: Request) -> bool:
 
 
 def is_same_origin(request: Request) -> bool:
-    """Browsers say where a form came from; a page elsewhere must not log anybody in or out."""
+    """Browsers say where a form came from; a page elsewhere must not act for who looks at it.
+
+    Who says nothing is no browser, and has no login that a page could use.
+    """
+    if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+        return False
     origin = request.headers.get("origin")
-    return origin is None or urlsplit(origin).netloc == request.headers.get("host")
+    if origin is None:
+        return True
+    scheme, _, host = origin.partition("://")
+    # Behind a proxy that ends TLS this connection is plain while the page is not.
+    return host == request.headers.get("host") and scheme in ("https", request.scope["scheme"])
 
 
 def _hostname(host: str) -> str:
@@ -83,6 +96,17 @@ def _is_loopback(name: str) -> bool:
     return (mapped or address).is_loopback
 
 
+def _one_sender(address: str) -> str:
+    """Whoever has an IPv6 address has a network of them."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is None:
+        return str(ipaddress.ip_network((parsed, 64), strict=False))
+    return str(getattr(parsed, "ipv4_mapped", None) or parsed)
+
+
 class Logins:
     """Signed, expiring login cookies, and how often an address may try to get one."""
 
@@ -95,6 +119,7 @@ class Logins:
     def count_attempt(self, address: str) -> None:
         """Raises `ApiError` 429 when there were too many lately."""
         now_s = self._now_s()
+        address = _one_sender(address)
         recent = [at for at in self._attempts.pop(address, []) if at > now_s - LOGIN_WINDOW_S]
         self._attempts[address] = recent
         if len(self._attempts) > MAX_NUM_ADDRESSES:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Literal, Protocol
 
 from node.links.frames import FinishReason, Sampling
 
@@ -24,11 +24,28 @@ class KeyRefused(BackendRefusal):
 
 
 class NoRoute(BackendRefusal):
-    """503: no live nodes cover the model's layers, or none has room before the deadline."""
+    """503: no live nodes cover the model's layers, or the request can never fit."""
 
 
 class QuotaExceeded(BackendRefusal):
-    """429, not to be retried: the member's credit does not cover this request."""
+    """429, not to be retried: the pod is busy, and the member past its credit line."""
+
+
+class WaitedTooLong(BackendRefusal):
+    """429, to be retried after `retry_after_s`: there was no room for the request in time."""
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class RateLimited(BackendRefusal):
+    """429: the API key's limit per minute. To be retried after `retry_after_s`; None: it can never fit."""
+
+    def __init__(self, message: str, unit: Literal["requests", "tokens"], retry_after_s: int | None) -> None:
+        super().__init__(message)
+        self.unit = unit
+        self.retry_after_s = retry_after_s
 
 
 class GenerationFailed(BackendRefusal):
@@ -37,13 +54,31 @@ class GenerationFailed(BackendRefusal):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who pays: the member behind an API key. `models` empty means every model of the pod."""
+    """Who pays: the member behind an API key. `models` empty: every model of the pod; a limit of 0: none."""
 
     member: bytes
     member_name: str
     key_id: bytes
     delegation: bytes | None = None
     models: tuple[str, ...] = ()
+    cap_microcredits: int = 0
+    max_num_requests_per_minute: int = 0
+    max_num_tokens_per_minute: int = 0
+
+    @property
+    def has_limits(self) -> bool:
+        limits = (self.cap_microcredits, self.max_num_requests_per_minute, self.max_num_tokens_per_minute)
+        return any(limits)
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimit:
+    """One limit of a key over a sliding minute. `reset_ms`: until all of it is free if nothing more comes."""
+
+    unit: Literal["requests", "tokens"]
+    limit: int
+    remaining: int
+    reset_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +166,15 @@ class Generation(Protocol):
         """Until a finish reason; raises `GenerationFailed`. May be closed (or cancelled) at any token."""
         ...
 
+    def delivered(self, num_output_tokens: int) -> None:
+        """So many tokens have been written to the client; what is signed for the stages follows this."""
+        ...
+
     async def settle(self, num_output_tokens: int) -> Usage:
         """Stop the generation if it runs, close the session and settle the hold at what was delivered.
 
-        `num_output_tokens` counts from the first token and is at most what `tokens` yielded. 0 after a
-        failure voids the hold. Called in `finally`, also when the request was cancelled.
+        `num_output_tokens` counts from the first token and is at most what `tokens` yielded. 0 voids the
+        hold unless more was signed for. Called in `finally`, also when the request was cancelled.
         """
         ...
 
@@ -255,13 +294,35 @@ class RequestRow:
 
 @dataclass(frozen=True, slots=True)
 class LedgerState:
-    """`num_violations` None: not audited yet. `digest` is equal on nodes with the same entries."""
+    """`num_violations` None: not audited yet. `digest` is equal on nodes with the same entries.
+
+    `frozen`: names of nodes that signed two histories.
+    """
 
     num_entries: int
     num_heads: int
     digest: bytes
     num_violations: int | None = None
     first_violation: str = ""
+    frozen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TreasuryState:
+    """The policy in force, and what the treasury took and paid over all time.
+
+    `dividends_due_microcredits` are of periods that have not paid yet.
+    """
+
+    policy_name: str
+    levy_per_mille: int
+    dividend_per_mille: int
+    dividend_period_s: int
+    credit_line_microcredits: int
+    levied_microcredits: int
+    granted_microcredits: int
+    dividends_paid_microcredits: int
+    dividends_due_microcredits: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +335,7 @@ class DashboardView:
     members: tuple[MemberRow, ...]
     treasury_microcredits: int
     issuance_microcredits: int
+    treasury: TreasuryState
     nodes: tuple[NodeRow, ...]
     models: tuple[ModelRow, ...]
     requests: tuple[RequestRow, ...]
@@ -294,6 +356,10 @@ class Backend(Protocol):
         """Raises `KeyRefused`. Offline: roster and signature only."""
         ...
 
+    def rate_limits(self, caller: Caller) -> Sequence[RateLimit]:
+        """The limits per minute of the caller's key, as they stand now; none if it has none."""
+        ...
+
     def may_view(self, member: bytes, key_id: bytes) -> bool:
         """Does a login made with this key still stand (member not removed, key not revoked or expired)?"""
         ...
@@ -305,8 +371,8 @@ class Backend(Protocol):
         ...
 
     async def generate(self, caller: Caller, request: GenerationRequest) -> Generation:
-        """Open a hold, choose a route, open the session. Raises `QuotaExceeded`, `NoRoute` or
-        `GenerationFailed`, and then leaves nothing open. If cancelled, likewise."""
+        """Open a hold, choose a route, open the session. Raises any of the refusals above, and then leaves
+        nothing open. If cancelled, likewise."""
         ...
 
     def dashboard(self) -> DashboardView: ...

@@ -42,7 +42,7 @@ class TextPiece:
 
 
 class Delivery:
-    """`num_delivered` is what the client has been given; whoever writes to the client raises it."""
+    """`num_delivered` is what the client has been given, or what was gathered of a whole answer for it."""
 
     def __init__(
         self, generation: Generation, tokenizer: TextTokenizer, stops: Sequence[str], min_num_tokens: int
@@ -89,6 +89,11 @@ class Delivery:
             return "stop"
         return "length" if reason is FinishReason.LENGTH else None
 
+    def delivered(self, num_output_tokens: int) -> None:
+        """So many tokens have been written to the client."""
+        self.num_delivered = num_output_tokens
+        self.generation.delivered(num_output_tokens)
+
     async def settle(self) -> Usage:
         """Settle at `num_delivered`, the first time it is called; later calls get the same usage."""
         if self._settlement is None:
@@ -96,9 +101,10 @@ class Delivery:
         async with asyncio.timeout(SETTLE_TIMEOUT_S):
             return await asyncio.shield(self._settlement)
 
-    async def close(self) -> None:
+    async def close(self) -> Usage:
         """Settle if that has not been done. The request's own error is the one worth raising."""
         try:
-            await self.settle()
+            return await self.settle()
         except Exception:
             log.exception("session %s could not be settled", self.generation.session.hex())
+            return Usage(0, 0, 0)

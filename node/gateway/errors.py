@@ -13,7 +13,15 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from node.gateway.backend import BackendRefusal, GenerationFailed, KeyRefused, NoRoute, QuotaExceeded
+from node.gateway.backend import (
+    BackendRefusal,
+    GenerationFailed,
+    KeyRefused,
+    NoRoute,
+    QuotaExceeded,
+    RateLimited,
+    WaitedTooLong,
+)
 
 
 class ErrorBody(TypedDict):
@@ -71,6 +79,14 @@ def error_of(refusal: BackendRefusal) -> ApiError:
             headers = {"x-should-retry": "false"}
             code = "insufficient_quota"
             return ApiError(429, message, type=code, code=code, headers=headers)
+        case RateLimited():
+            # A request that is larger than the limit will never fit: no use in sending it again.
+            wait_s = refusal.retry_after_s
+            headers = {"x-should-retry": "false"} if wait_s is None else {"retry-after": str(wait_s)}
+            return ApiError(429, message, type=refusal.unit, code="rate_limit_exceeded", headers=headers)
+        case WaitedTooLong():
+            headers = {"retry-after": str(refusal.retry_after_s)}
+            return ApiError(429, message, type="rate_limit_error", code="pod_busy", headers=headers)
         case NoRoute():
             return ApiError(503, message, type="server_error", code="no_route")
         case GenerationFailed():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 
 from starlette.responses import Response
-from starlette.types import Receive, Send
+from starlette.types import Receive, Scope, Send
 
 WRITE_TIMEOUT_S = 60.0
 
@@ -17,11 +17,27 @@ class ClientStalled(Exception):
     """The client keeps its connection and reads nothing; there is nobody to tell."""
 
 
+class ClientGone(Exception):
+    """The connection is closed; what would be written now would not be delivered, and must not be counted."""
+
+
+# Where whoever serves says whether a connection is still open; servers drop later writes without a word.
+IS_OPEN = "pod.is_open"
+
+
+def is_open_of(scope: Scope) -> Callable[[], bool]:
+    is_open: Callable[[], bool] = scope.get(IS_OPEN, lambda: True)
+    return is_open
+
+
 class EventWriter:
     """Server-sent events on one response; the headers leave with the first write. Several may write."""
 
-    def __init__(self, send: Send, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, send: Send, headers: Mapping[str, str], is_open: Callable[[], bool] = lambda: True
+    ) -> None:
         self._send = send
+        self._is_open = is_open
         self._headers = dict(headers)
         self.started = False
         self._turn = asyncio.Lock()
@@ -46,11 +62,15 @@ class EventWriter:
                 await asyncio.sleep(left_s)
                 continue
             # Whoever writes what matters will find a stalled client too.
-            with suppress(ClientStalled):
+            with suppress(ClientStalled, ClientGone):
                 await self.write(b": keep-alive\n\n")
 
     async def write(self, data: bytes) -> None:
+        """Returns when the connection has taken all of it. Raises ClientStalled or ClientGone."""
         await self._write(data, more=True)
+        # Nothing is awaited between the server's own write and here.
+        if not self._is_open():
+            raise ClientGone
 
     async def end(self, data: bytes) -> None:
         await self._write(data, more=False)
@@ -89,7 +109,8 @@ async def while_connected(receive: Receive, work: Coroutine[None, None, None]) -
         working.cancel()
         await asyncio.wait({working, gone})
     if not working.cancelled():
-        working.result()
+        with suppress(ClientGone):
+            working.result()
 
 
 async def _client_gone(receive: Receive) -> None:

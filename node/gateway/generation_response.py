@@ -17,10 +17,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from node.gateway.answers import AnswerShape, Choice, Json, total_usage, usage_object
-from node.gateway.backend import Backend, BackendRefusal, Caller, GenerationRequest, TextTokenizer
+from node.gateway.backend import (
+    Backend,
+    BackendRefusal,
+    Caller,
+    GenerationRequest,
+    TextTokenizer,
+)
 from node.gateway.delivery import Delivery
 from node.gateway.errors import error_of, internal_error
-from node.gateway.events import ClientStalled, EventWriter, event, while_connected
+from node.gateway.events import ClientGone, ClientStalled, EventWriter, event, is_open_of, while_connected
 from node.gateway.metrics import GatewayMetrics
 from node.gateway.together import together
 
@@ -59,7 +65,8 @@ class GenerationResponse(Response):
         async with AsyncExitStack() as open_deliveries:
             deliveries = [await self._open(request, open_deliveries) for request in self._job.requests]
             if self._job.stream:
-                await self._write_stream(deliveries, send)
+                headers = {"x-pod-route": route_header(deliveries)}
+                await self._write_stream(deliveries, EventWriter(send, headers, is_open_of(scope)))
             else:
                 await (await self._whole(deliveries))(scope, receive, send)
 
@@ -72,19 +79,24 @@ class GenerationResponse(Response):
         return delivery
 
     async def _close(self, delivery: Delivery, model: str) -> None:
-        await delivery.close()
-        self._metrics.count_tokens(model, delivery.generation.num_prompt_tokens, delivery.num_delivered)
+        usage = await delivery.close()
+        self._metrics.count_tokens(model, usage.num_prompt_tokens, usage.num_output_tokens)
 
     async def _whole(self, deliveries: Sequence[Delivery]) -> JSONResponse:
         choices = [Choice() for _ in deliveries]
         pairs = zip(deliveries, choices, strict=True)
-        await together([_collect(delivery, choice) for delivery, choice in pairs])
+        try:
+            await together([_collect(delivery, choice) for delivery, choice in pairs])
+        except BackendRefusal:
+            # The answer never leaves, so nothing of it was delivered.
+            for delivery in deliveries:
+                delivery.num_delivered = 0
+            raise
         usages = [await delivery.settle() for delivery in deliveries]
         body = self._job.shape.whole(choices) | {"usage": total_usage(usages)}
         return JSONResponse(body, headers={"x-pod-route": route_header(deliveries)})
 
-    async def _write_stream(self, deliveries: Sequence[Delivery], send: Send) -> None:
-        writer = EventWriter(send, {"x-pod-route": route_header(deliveries)})
+    async def _write_stream(self, deliveries: Sequence[Delivery], writer: EventWriter) -> None:
         try:
             async with writer.kept_alive(self._keep_alive_s):
                 await self._write_pieces(deliveries, writer)
@@ -94,7 +106,7 @@ class GenerationResponse(Response):
                 await writer.write(event(self._job.shape.usage_chunk() | usage))
             await writer.end(b"data: [DONE]\n\n")
         except Exception as error:
-            if not writer.started or isinstance(error, ClientStalled):
+            if not writer.started or isinstance(error, ClientStalled | ClientGone):
                 raise
             if not isinstance(error, BackendRefusal):
                 log.exception("a stream broke off")
@@ -116,7 +128,7 @@ class GenerationResponse(Response):
                     usage = self._chunk_usage(deliveries, index, piece.num_output_tokens)
                     chunks, opening = opening + shape.chunks(index, piece), []
                     await writer.write(b"".join([event(chunk | usage) for chunk in chunks]))
-                    delivery.num_delivered = piece.num_output_tokens
+                    delivery.delivered(piece.num_output_tokens)
 
         await together([write_all(index, delivery) for index, delivery in enumerate(deliveries)])
 

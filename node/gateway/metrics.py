@@ -69,6 +69,13 @@ class PodCollector(Collector):
         balances.add_metric(["treasury"], view.treasury_microcredits)
         balances.add_metric(["issuance"], view.issuance_microcredits)
         yield balances
+        served = GaugeMetricFamily("pod_served_tokens", "Tokens a member served", labels=["account"])
+        consumed = GaugeMetricFamily("pod_consumed_tokens", "Tokens a member consumed", labels=["account"])
+        for row in view.members:
+            served.add_metric([row.name], row.num_served_tokens)
+            consumed.add_metric([row.name], row.num_consumed_tokens)
+        yield served
+        yield consumed
         yield GaugeMetricFamily(
             "pod_books_sum_microcredits", "0 when the books balance", view.sum_microcredits
         )

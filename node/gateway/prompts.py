@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 
 from node.gateway.backend import GenerationRequest, ModelCard, TextTokenizer
 from node.gateway.errors import ApiError, bad_parameter
-from node.gateway.parameters import ChatMessage, GenerationParameters
+from node.gateway.parameters import ChatMessage, ChatParameters, GenerationParameters
 
 # Longer texts are tokenized off the event loop, where they would hold up every running stream.
 MAX_NUM_CHARS_ON_LOOP = 16_384
@@ -51,7 +51,7 @@ def generation_request(
     request_id: str,
 ) -> GenerationRequest:
     """The request for the node; without any limit the answer may fill the context."""
-    where = "messages" if default_max_num_tokens is None else "prompt"
+    where = "messages" if isinstance(parameters, ChatParameters) else "prompt"
     if not prompt_ids:
         raise bad_parameter(where, "The prompt has no token to start from.")
     room = card.max_context_tokens - len(prompt_ids)

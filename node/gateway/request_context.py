@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections.abc import Callable
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,15 +26,23 @@ SECURITY_HEADERS = {
     # Not "no-referrer": that makes browsers send the login form with "Origin: null".
     "referrer-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
 }
+
+# A browser applies it to every port of the host: only for a gateway that has the host's HTTPS port to itself,
+# with a certificate that any browser takes.
+STRICT_TRANSPORT = "max-age=31536000"
+HTTPS_PORT = 443
 
 log = logging.getLogger(__name__)
 
 
 class RequestContext:
-    def __init__(self, app: ASGIApp, metrics: GatewayMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: GatewayMetrics, is_strict: Callable[[], bool]) -> None:
         self._app = app
         self._metrics = metrics
+        self._is_strict = is_strict
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -54,6 +63,11 @@ class RequestContext:
                 for name, value in SECURITY_HEADERS.items():
                     headers[name] = value
                 headers.setdefault("cache-control", "no-store")
+                # Who asked with a key that has limits is told how they stand, whatever the answer is.
+                if (rate_headers := scope["state"].get("rate_headers")) is not None:
+                    headers.update(rate_headers())
+                if _is_https_port(scope) and self._is_strict():
+                    headers["strict-transport-security"] = STRICT_TRANSPORT
             await send(message)
 
         try:
@@ -66,3 +80,8 @@ class RequestContext:
             route = getattr(scope.get("route"), "path", "other")
             # 499: the client left before there was an answer (nginx's word for it).
             self._metrics.count_request(route, status or 499, time.perf_counter() - started_at)
+
+
+def _is_https_port(scope: Scope) -> bool:
+    server = scope.get("server")
+    return scope["scheme"] == "https" and server is not None and server[1] == HTTPS_PORT

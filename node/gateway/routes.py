@@ -98,7 +98,8 @@ async def create_chat_completion(
     card = _model_card(gateway, caller, parameters.model)
     tokenizer = await gateway.backend.tokenizer(card.name)
     ids = await chat_prompt(tokenizer, parameters.messages)
-    request = generation_request(parameters, ids, card, tokenizer.eos_token_ids, None, request_id)
+    eos, most = tokenizer.eos_token_ids, _most_by_default(caller, len(ids))
+    request = generation_request(parameters, ids, card, eos, most, request_id)
     return gateway.answer(
         caller, parameters, [request], tokenizer, ChatShape(card.name, bool(parameters.logprobs))
     )
@@ -118,6 +119,13 @@ async def create_completion(
     ]
     shape = CompletionShape(card.name, parameters.logprobs is not None)
     return gateway.answer(caller, parameters, requests, tokenizer, shape)
+
+
+def _most_by_default(caller: Caller, num_prompt_tokens: int) -> int | None:
+    """Without a limit of its own an answer may fill the context, or what the key may use in a minute."""
+    if not caller.max_num_tokens_per_minute:
+        return None
+    return max(1, caller.max_num_tokens_per_minute - num_prompt_tokens)
 
 
 def _may_use(caller: Caller, model: str) -> bool:

@@ -55,7 +55,7 @@ from node.links.openings import (
     read_opening,
 )
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 _PREFIX = struct.Struct("!BBII")
 PREFIX_BYTES = _PREFIX.size
 

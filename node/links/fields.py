@@ -60,6 +60,12 @@ def blob(value: object, num_bytes: int) -> bytes:
     return value
 
 
+def blob_up_to(value: object, max_num_bytes: int) -> bytes:
+    if type(value) is not bytes or len(value) > max_num_bytes:
+        raise FrameError("bytes expected, or too many")
+    return value
+
+
 def session(value: object) -> bytes:
     return blob(value, SESSION_ID_BYTES)
 

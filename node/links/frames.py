@@ -21,6 +21,7 @@ SCALE_GROUP = 64
 MAX_NUM_DRAFT_TOKENS = 15
 MAX_NUM_TOP_LOGPROBS = 20
 MAX_NUM_LOGIT_BIASES = 1024
+MAX_AUTHORIZATION_BYTES = 1024
 
 
 class Lane(IntEnum):
@@ -119,6 +120,8 @@ class OpenSession:
     after a failure), so that sampling positions and limits continue where they were. `prefix_hashes` names
     the full blocks of `PREFIX_BLOCK_TOKENS` prompt tokens, from the first on, for stages that keep blocks.
     `max_num_draft_tokens` (at most `MAX_NUM_DRAFT_TOKENS`) is how many rows per step may be guesses.
+    `authorization` (at most `MAX_AUTHORIZATION_BYTES`) is the payer's signature under the hold; empty when
+    the head's own member pays.
     """
 
     session: bytes
@@ -137,6 +140,7 @@ class OpenSession:
     prompt_ids: Sequence[int] = ()
     prefix_hashes: tuple[bytes, ...] = ()
     max_num_draft_tokens: int = 0
+    authorization: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from node.links.frames import (
     TokenBatch,
 )
 
-HELLO_VERSION = 2
+HELLO_VERSION = 3
 LINK_ID_BYTES = 16
 _HELLO = struct.Struct("!4sBBBB32s16s")
 _MAGIC = b"pod\n"

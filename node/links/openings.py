@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from node.links import fields as f
 from node.links.fields import FrameError
 from node.links.frames import (
+    MAX_AUTHORIZATION_BYTES,
     MAX_NUM_DRAFT_TOKENS,
     MAX_NUM_LOGIT_BIASES,
     MAX_NUM_TOP_LOGPROBS,
@@ -60,6 +61,7 @@ def opening_header(frame: OpenSession) -> tuple[object, ...]:
         frame.num_output_tokens_before,
         len(frame.prefix_hashes),
         frame.max_num_draft_tokens,
+        frame.authorization,
     )
 
 
@@ -93,7 +95,7 @@ def opening_payload(frame: OpenSession) -> bytes:
 
 def read_opening(value: object, payload: Buffer) -> OpenSession:
     """Raises FrameError."""
-    part = f.fields(value, 15)
+    part = f.fields(value, 16)
     num_prompt_tokens = f.number(part[8], f.U32)
     max_num_hashes = min(num_prompt_tokens // PREFIX_BLOCK_TOKENS, MAX_NUM_PREFIX_HASHES)
     hashes, prompt_ids = _split(payload, f.number(part[13], max_num_hashes))
@@ -114,6 +116,7 @@ def read_opening(value: object, payload: Buffer) -> OpenSession:
         prompt_ids=prompt_ids,
         prefix_hashes=hashes,
         max_num_draft_tokens=f.number(part[14], MAX_NUM_DRAFT_TOKENS),
+        authorization=f.blob_up_to(part[15], MAX_AUTHORIZATION_BYTES),
     )
 
 

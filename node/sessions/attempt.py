@@ -32,6 +32,9 @@ STALL_TIMEOUT_S = 120.0
 # A long prompt, or one behind others, takes its time.
 FIRST_TOKEN_TIMEOUT_S = 1200.0
 CO_SIGN_TIMEOUT_S = 3.0
+# Tokens that wait to become text (half a character, the beginning of a stop string) are not signed for: if
+# the client goes now, they were not delivered. More than these are, for a stage must not wait for ever.
+MAX_NUM_HELD_BACK = 16
 
 # After these a stage still knows what it did, and signs for it.
 _STILL_SIGNS = frozenset({ErrorCode.PREEMPTED, ErrorCode.NEXT_HOP_UNREACHABLE})
@@ -133,8 +136,6 @@ class Attempt:
             # Whatever the stage means: past the limit nothing is signed, for the hold covers no more.
             finish_reason = finish_reason or FinishReason.LENGTH
         self.is_finished = finish_reason is not FinishReason.NONE
-        if self._receipts.is_due(self.num_tokens) and not self.is_finished:
-            self._send_receipts(self.num_tokens)
         return GeneratedToken(item.token_id, finish_reason, item.logprob, item.top_logprobs)
 
     def _check_logprobs(self, item: TokenItem) -> None:
@@ -163,6 +164,12 @@ class Attempt:
                 self._gone.add(node)
             case _:
                 pass
+
+    def sign_delivered(self, num_output_tokens: int) -> None:
+        """Sign for what the client was given, if that is due. The end has a receipt of its own."""
+        num_output_tokens = max(num_output_tokens, self.num_tokens - MAX_NUM_HELD_BACK)
+        if self._receipts.is_due(num_output_tokens) and not self.is_finished:
+            self._send_receipts(num_output_tokens)
 
     def _send_receipts(self, num_output_tokens: int) -> None:
         for stage, frame in zip(self.terms.route, self._receipts.sign(num_output_tokens), strict=True):

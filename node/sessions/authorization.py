@@ -31,13 +31,17 @@ def fits(delegation: Delegation) -> bool:
 
 
 def is_authorized(pod: bytes, node: bytes, hold: HoldOpened) -> bool:
-    """Whether the payer's delegation of this key, and this key for this hold, are both signed."""
+    """Whether the payer's delegation of this key, and this key for this hold, are both signed.
+
+    A hold above the key's cap is nobody's to open; what all holds together come to, gateways check.
+    """
     try:
         delegation, signature = _decode(hold.authorization)
     except (ApiKeyError, DecodeError):
         return False
     return (
         (delegation.pod, delegation.member, delegation.key_id) == (pod, hold.payer, hold.key_id)
+        and (not delegation.cap_microcredits or hold.amount_microcredits <= delegation.cap_microcredits)
         and len(signature) == SIGNATURE_BYTES
         and verify(delegation.key_public, _signed_bytes(pod, node, hold), signature)
     )

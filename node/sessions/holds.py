@@ -6,19 +6,19 @@ Knows the ledger and what an attempt gave; routes and stages are the opener's bu
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Coroutine
-from dataclasses import replace
 from typing import Any
 
-from ledger.entry import HoldOpened, HoldSettled, HoldVoided, VoidReason
-from node.gateway.backend import Usage
+from ledger.entry import HoldSettled, HoldVoided, VoidReason
+from ledger.journal import JournalError
+from ledger.ledger import LedgerError
+from node.gateway.backend import GenerationFailed, Usage
 from node.ledger_thread import LedgerThread
 from node.sessions.attempt import Attempt
-from node.sessions.authorization import Authorize
 from node.sessions.terms import SessionTerms
 
-# The hold outlives the session, so that a stage never works against an expired one.
-HOLD_GRACE_S = 60
+log = logging.getLogger(__name__)
 
 
 class Holds:
@@ -27,25 +27,19 @@ class Holds:
         self._ledger = ledger
         self._endings: set[asyncio.Task[Usage]] = set()
 
-    async def open(self, terms: SessionTerms, authorize: Authorize | None) -> None:
-        """Open the hold. Whoever stops waiting leaves none open: what was queued is written, then voided."""
-        hold = HoldOpened(
-            session=terms.session,
-            payer=terms.payer,
-            key_id=terms.key_id,
-            model=terms.model,
-            amount_microcredits=terms.worst_case_microcredits(),
-            expires_at_ms=terms.deadline_ms + HOLD_GRACE_S * 1000,
-            rate_card_version=terms.rate_card.version,
-        )
-        if authorize is not None:
-            hold = replace(hold, authorization=authorize(hold))
-        opening = asyncio.ensure_future(self._ledger.append(hold))
+    async def open(self, terms: SessionTerms) -> None:
+        """Open the hold. Whoever stops waiting leaves none open: what was queued is written, then voided.
+
+        Raises GenerationFailed when the books cannot be written.
+        """
+        opening = asyncio.ensure_future(self._ledger.append(terms.hold()))
         try:
             await asyncio.shield(opening)
         except asyncio.CancelledError:
             await self._own(self._void_after(opening, terms.session))
             raise
+        except JournalError as error:
+            raise _unwritable(error) from None
 
     async def _void_after(self, opening: asyncio.Future[Any], session: bytes) -> Usage:
         await asyncio.wait([opening])
@@ -61,7 +55,7 @@ class Holds:
         return Usage(0, 0, 0)
 
     def end(self, attempt: Attempt, num_output_tokens: int, failed: bool) -> asyncio.Future[Usage]:
-        """Settle what was delivered, or void; see `HeadSession.settle`."""
+        """Settle what was delivered, void when that is nothing; see `HeadSession.settle`."""
         return self._start(self._finish(attempt, num_output_tokens, failed))
 
     async def _finish(self, attempt: Attempt, num_output_tokens: int, failed: bool) -> Usage:
@@ -69,7 +63,7 @@ class Holds:
         # A stage signs no count below its last one: what was signed is the least that is settled.
         num_output_tokens = max(num_output_tokens, attempt.num_signed_tokens)
         try:
-            if failed or num_output_tokens == 0:
+            if num_output_tokens == 0:
                 attempt.close_stages()
                 reason = VoidReason.FAILED if failed else VoidReason.CANCELLED
                 await self._ledger.append(HoldVoided(terms.session, reason))
@@ -79,10 +73,20 @@ class Holds:
             settled = HoldSettled(
                 terms.session, num_prompt_tokens, num_cached_tokens, num_output_tokens, receipts
             )
-            await self._ledger.append(settled)
+            await self._settle(settled)
             return Usage(num_prompt_tokens, num_cached_tokens, num_output_tokens)
+        except JournalError as error:
+            raise _unwritable(error) from None
         finally:
             attempt.release()
+
+    async def _settle(self, settled: HoldSettled) -> None:
+        """A settlement that breaks a rule would leave the hold open: then the stages claim for themselves."""
+        try:
+            await self._ledger.append(settled)
+        except LedgerError:
+            await self._ledger.append(HoldVoided(settled.session, VoidReason.FAILED))
+            raise
 
     async def _own(self, work: Coroutine[Any, Any, Usage]) -> Usage:
         """Run to the end even if the caller is cancelled: books are never left half written."""
@@ -107,3 +111,9 @@ class Holds:
         """Wait for endings that are being written."""
         if self._endings:
             await asyncio.wait(set(self._endings), timeout=timeout_s)
+
+
+def _unwritable(error: JournalError) -> GenerationFailed:
+    """The log says why; a client is told nothing of databases."""
+    log.error("a request cannot be written down: %s", error)
+    return GenerationFailed("this node cannot write its books now; ask another node or try again later")

@@ -1,7 +1,8 @@
 """The head's receipts of one session: when to sign, what to sign, what came back co-signed.
 
-Pure but for the signature: it neither sends nor stores. Every stage gets a cumulative receipt after each
-`SIGN_EVERY_NUM_TOKENS` output tokens and one for exactly what was delivered at the end.
+Pure but for the signature: it neither sends nor stores. Every stage gets a cumulative receipt for the prompt
+and the first output token, one after each `SIGN_EVERY_NUM_TOKENS`, and one for exactly what was delivered at
+the end.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class SessionReceipts:
         self._sign = sign
         self._sequence = 0
         self._num_signed_tokens = 0
-        self._pending: dict[int, Receipt] = {}
+        # Signed and not yet co-signed, by stage and sequence.
+        self._pending: dict[tuple[int, int], Receipt] = {}
         self._co_signed: dict[int, SignedReceipt] = {}
 
     @property
@@ -48,7 +50,8 @@ class SessionReceipts:
         self._num_cached_tokens = min(num_cached_tokens, self._terms.num_charged_prompt_tokens)
 
     def is_due(self, num_output_tokens: int) -> bool:
-        return num_output_tokens - self._num_signed_tokens >= SIGN_EVERY_NUM_TOKENS
+        num_new_tokens = num_output_tokens - self._num_signed_tokens
+        return num_new_tokens >= (SIGN_EVERY_NUM_TOKENS if self._num_signed_tokens else 1)
 
     def sign(self, num_output_tokens: int) -> list[SignReceipt]:
         """One frame per stage, in route order, for the prompt and `num_output_tokens`."""
@@ -81,7 +84,7 @@ class SessionReceipts:
             amount_microcredits=price(terms.rate_card, num_parameters, *counts),
         )
         assert receipt.amount_microcredits == expected_amount(receipt, terms.rate_card)
-        self._pending[stage_index] = receipt
+        self._pending[stage_index, receipt.sequence] = receipt
         return SignReceipt(terms.session, sign_as_head(receipt, self._sign).encode())
 
     def accept(self, raw: bytes) -> None:
@@ -93,8 +96,9 @@ class SessionReceipts:
             return
         receipt = signed.receipt
         known = self._co_signed.get(receipt.stage_index)
-        newer = known is None or known.receipt.sequence < receipt.sequence
-        if newer and self._pending.get(receipt.stage_index) == receipt:
+        is_newer = known is None or known.receipt.sequence < receipt.sequence
+        # An older one may come late, and be the last of a stage that is gone.
+        if self._pending.pop((receipt.stage_index, receipt.sequence), None) == receipt and is_newer:
             self._co_signed[receipt.stage_index] = signed
 
     def is_co_signed(self, stage_index: int) -> bool:

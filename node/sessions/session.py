@@ -32,6 +32,8 @@ class HeadSession:
         """`terms` are the first attempt's, for good."""
         self.terms = attempt.terms
         self.token_ids: list[int] = []
+        # Raised by whoever writes to the client; receipts follow it.
+        self.num_delivered = 0
         self.failed = False
         self.num_attempts = 1
         self.began_s = time.monotonic()
@@ -65,6 +67,8 @@ class HeadSession:
                 self.token_ids += [token.token_id for token in tokens]
             for token in tokens:
                 yield token
+            # Whoever asks for more has done with these.
+            self._attempt.sign_delivered(self.num_delivered - self._num_tokens_before)
 
     async def _go_on(self, attempt: Attempt, lost: AttemptLost) -> None:
         """End the attempt at what it gave, and open another for the rest."""
@@ -86,7 +90,7 @@ class HeadSession:
         self._attempt = self._last_attempt = following
 
     async def settle(self, num_output_tokens: int) -> Usage:
-        """End the session: settled at `num_output_tokens` or what is signed; voided at 0 or if it failed.
+        """End the session: settled at `num_output_tokens` or what is signed for; voided when that is 0.
 
         What earlier attempts gave is settled already: only the last is shortened or voided.
         """

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ledger.entry import HoldOpened
 from ledger.rate_card import RateCard, price
 from node.links.frames import OpenSession, Sampling, Stage
 from node.models.manifest import Manifest
+
+# The hold outlives the session, so that a stage never works against an expired one.
+HOLD_GRACE_S = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +21,8 @@ class SessionTerms:
     """`deadline_ms` is wall-clock: after it every stage may forget the session and the hold expires.
 
     Of a replay, the last `num_output_tokens_before` prompt ids are output of earlier attempts. Those were
-    paid for with the prompt: this one charges only for what is new.
+    paid for with the prompt: this one charges only for what is new. `authorization` is the payer's signature
+    under the hold; empty when the head's own member pays.
     """
 
     session: bytes
@@ -34,6 +39,7 @@ class SessionTerms:
     num_output_tokens_before: int = 0
     prefix_hashes: tuple[bytes, ...] = ()
     max_num_draft_tokens: int = 0
+    authorization: bytes = b""
 
     @property
     def is_replay(self) -> bool:
@@ -49,12 +55,21 @@ class SessionTerms:
 
     def worst_case_microcredits(self) -> int:
         """The price if every allowed output token is made, over any route; above 0 for the smallest model."""
-        num_layers = self.manifest.num_layers
-        num_parameters = self.manifest.stage_num_parameters(0, num_layers)
-        num_prompt_tokens = self.num_charged_prompt_tokens
-        whole = price(self.rate_card, num_parameters, num_prompt_tokens, 0, self.max_num_new_tokens)
-        # Each of at most `num_layers` stages is rounded by less than one microcredit.
-        return whole + num_layers
+        return worst_case_microcredits(
+            self.rate_card, self.manifest, self.num_charged_prompt_tokens, self.max_num_new_tokens
+        )
+
+    def hold(self) -> HoldOpened:
+        return HoldOpened(
+            session=self.session,
+            payer=self.payer,
+            key_id=self.key_id,
+            model=self.model,
+            amount_microcredits=self.worst_case_microcredits(),
+            expires_at_ms=self.deadline_ms + HOLD_GRACE_S * 1000,
+            rate_card_version=self.rate_card.version,
+            authorization=self.authorization,
+        )
 
     def open_frame(self, stage_index: int) -> OpenSession:
         """Prompt ids go to the first stage, only here, and to the last if it must know them to sample."""
@@ -77,4 +92,14 @@ class SessionTerms:
             prompt_ids=self.prompt_ids if stage_index == 0 or last_needs_ids else (),
             prefix_hashes=self.prefix_hashes,
             max_num_draft_tokens=self.max_num_draft_tokens,
+            authorization=self.authorization,
         )
+
+
+def worst_case_microcredits(
+    rate_card: RateCard, manifest: Manifest, num_prompt_tokens: int, max_num_new_tokens: int
+) -> int:
+    num_layers = manifest.num_layers
+    num_parameters = manifest.stage_num_parameters(0, num_layers)
+    # Each of at most `num_layers` stages is rounded by less than one microcredit.
+    return price(rate_card, num_parameters, num_prompt_tokens, 0, max_num_new_tokens) + num_layers

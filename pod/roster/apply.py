@@ -15,11 +15,13 @@ from dataclasses import dataclass, field, replace
 from pod.roster.cuts import Cuts
 from pod.roster.events import (
     NO_POD,
+    AuthoritySet,
     Event,
     InviteIssued,
     InviteRevoked,
     KeyIssued,
     KeyRevoked,
+    LimitedKeyIssued,
     MemberJoined,
     MemberRemoved,
     ModelDeployed,
@@ -31,6 +33,7 @@ from pod.roster.events import (
     Role,
     RoleChanged,
 )
+from pod.roster.policies import Policy, policy_of, published_policies
 from pod.roster.roster import InviteRecord, KeyRecord, LostJoin, Member, Model, Node, Roster
 
 MAX_NUM_NODES = 16
@@ -54,7 +57,7 @@ def roster_of(pod: bytes, events: Iterable[Event]) -> Roster:
         draft = _Draft(pod, created, cuts)
         cut = draft.apply_all(rest)
         if cut is None:
-            return draft.finish()
+            return draft.finish(published_policies(created.author, rest))
         cuts.take(cut, draft.needed())
 
 
@@ -75,7 +78,8 @@ class _Draft:
     keys: dict[bytes, KeyRecord] = field(default_factory=dict)
     revoked_keys: set[tuple[bytes, bytes]] = field(default_factory=set)
     models: dict[str, Model] = field(default_factory=dict)
-    policy: bytes | None = None
+    policies: list[Policy] = field(default_factory=list)
+    authority_der: bytes | None = None
     removed_nodes: dict[bytes, Node] = field(default_factory=dict)
     lost_joins: list[LostJoin] = field(default_factory=list)
     lost_nodes: dict[bytes, Node] = field(default_factory=dict)
@@ -133,18 +137,21 @@ class _Draft:
                 self._remove_node(author, event.body.node)
             case RoleChanged():
                 self._change_role(author, event.body)
-            case KeyIssued():
+            case KeyIssued() | LimitedKeyIssued():
                 self._issue_key(event, author, event.body)
             case KeyRevoked():
                 self._revoke_key(author, event.body)
             case PolicySet():
                 if author.role <= Role.ADMIN:
-                    self.policy = event.body.policy
+                    self.policies.append(policy_of(event, event.body))
             case ModelDeployed():
                 self._deploy(author, event.body)
             case ModelRemoved():
                 if author.role <= Role.ADMIN:
                     self.models.pop(event.body.name, None)
+            case AuthoritySet():
+                if author.role is Role.OWNER:
+                    self.authority_der = event.body.certificate_der
             case PodCreated() | MemberRemoved() | InviteRevoked():
                 pass
 
@@ -162,7 +169,7 @@ class _Draft:
             return False
         return author.role < invite.role or author.id == invite.issued_by
 
-    def finish(self) -> Roster:
+    def finish(self, published: tuple[Policy, ...]) -> Roster:
         removed = self.cuts.removed()
         members = {id: member for id, member in self.members.items() if id not in removed}
         nodes = {id: node for id, node in self.nodes.items() if node.member in members}
@@ -179,7 +186,9 @@ class _Draft:
             keys={id: key for id, key in self.keys.items() if key.member in members},
             revoked_keys=frozenset(self.revoked_keys),
             models=self.models,
-            policy=self.policy,
+            policies=tuple(self.policies),
+            published_policies=published,
+            authority_der=self.authority_der,
             removed=removed | former_nodes.keys(),
             lost_joins=tuple(self.lost_joins),
             former_members={id: member for id, member in self.members.items() if id in removed},
@@ -250,12 +259,20 @@ class _Draft:
         if author.role is Role.OWNER:
             self.members[body.member] = replace(member, role=body.role)
 
-    def _issue_key(self, event: Event, author: Member, body: KeyIssued) -> None:
-        if body.key_id not in self.keys:
-            revoked = (author.id, body.key_id) in self.revoked_keys
-            self.keys[body.key_id] = KeyRecord(
-                body.key_id, author.id, body.name, event.time_ms, body.expires_ms, revoked
+    def _issue_key(self, event: Event, author: Member, body: KeyIssued | LimitedKeyIssued) -> None:
+        if body.key_id in self.keys:
+            return
+        revoked = (author.id, body.key_id) in self.revoked_keys
+        key = KeyRecord(body.key_id, author.id, body.name, event.time_ms, body.expires_ms, revoked)
+        if isinstance(body, LimitedKeyIssued):
+            key = replace(
+                key,
+                cap_microcredits=body.cap_microcredits,
+                models=body.models,
+                max_num_requests_per_minute=body.max_num_requests_per_minute,
+                max_num_tokens_per_minute=body.max_num_tokens_per_minute,
             )
+        self.keys[body.key_id] = key
 
     def _revoke_key(self, author: Member, body: KeyRevoked) -> None:
         if author.id != body.member and not self._outranks(author, body.member):

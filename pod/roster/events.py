@@ -148,6 +148,19 @@ class KeyIssued:
 
 
 @dataclass(frozen=True, slots=True)
+class LimitedKeyIssued:
+    """An API key with limits exists; 0 and no models are none. For listing, as `KeyIssued` is."""
+
+    key_id: KeyId
+    name: Name
+    expires_ms: int
+    cap_microcredits: int
+    models: Annotated[tuple[Annotated[str, Length(1, 256)], ...], Length(0, 8)]
+    max_num_requests_per_minute: int
+    max_num_tokens_per_minute: int
+
+
+@dataclass(frozen=True, slots=True)
 class KeyRevoked:
     member: Id
     key_id: KeyId
@@ -180,6 +193,13 @@ class ModelRemoved:
     name: Annotated[str, Length(1, 256)]
 
 
+@dataclass(frozen=True, slots=True)
+class AuthoritySet:
+    """The authority under which the gateways' HTTPS certificates are (opaque DER). The newest counts."""
+
+    certificate_der: Annotated[bytes, Length(1, 8192)]
+
+
 Body = (
     PodCreated
     | InviteIssued
@@ -194,6 +214,8 @@ Body = (
     | PolicySet
     | ModelDeployed
     | ModelRemoved
+    | AuthoritySet
+    | LimitedKeyIssued
 )
 
 # Numbers on the wire; they are never given to another body.
@@ -211,6 +233,8 @@ TYPES: dict[int, type[Body]] = {
     11: PolicySet,
     12: ModelDeployed,
     13: ModelRemoved,
+    14: AuthoritySet,
+    15: LimitedKeyIssued,
 }
 _NUMBERS = {kind: number for number, kind in TYPES.items()}
 

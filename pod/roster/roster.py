@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from pod.roster.events import Role
+from pod.roster.policies import Policy
 
 
 class InviteState(Enum):
@@ -66,12 +67,18 @@ class LostJoin:
 
 @dataclass(frozen=True, slots=True)
 class KeyRecord:
+    """An API key as its member announced it; what counts at a gateway is what the key itself says."""
+
     id: bytes
     member: bytes
     name: str
     issued_ms: int
     expires_ms: int
     revoked: bool
+    cap_microcredits: int = 0
+    models: tuple[str, ...] = ()
+    max_num_requests_per_minute: int = 0
+    max_num_tokens_per_minute: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +96,8 @@ class Roster:
     """`removed` holds member and node ids that never come back under the same key.
 
     `former_members` and `former_nodes` say who those were: what they signed stays in the pod's books.
+    `policies` are those that count, the newest last; `published_policies` also those that were cut since.
+    `authority_der`: the certificate that those of the gateways are under.
     """
 
     pod: bytes
@@ -99,15 +108,22 @@ class Roster:
     keys: Mapping[bytes, KeyRecord]
     revoked_keys: frozenset[tuple[bytes, bytes]]
     models: Mapping[str, Model]
-    policy: bytes | None
+    policies: tuple[Policy, ...]
+    published_policies: tuple[Policy, ...]
     removed: frozenset[bytes]
     lost_joins: tuple[LostJoin, ...]
     former_members: Mapping[bytes, Member]
     former_nodes: Mapping[bytes, Node]
+    authority_der: bytes | None = None
 
     @property
     def owner(self) -> Member:
         return next(member for member in self.members.values() if member.role is Role.OWNER)
+
+    @property
+    def policy(self) -> bytes | None:
+        """What was set last."""
+        return self.policies[-1].content if self.policies else None
 
     def member_of_node(self, node: bytes) -> bytes | None:
         found = self.nodes.get(node)

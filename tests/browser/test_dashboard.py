@@ -30,6 +30,9 @@ def test_rows_and_sum(gateway: RunningGateway, page: Page, artefacts: Path) -> N
     expect(members.get_by_role("row", name="Treasury")).to_contain_text("500.000000")
     expect(members.get_by_role("row", name="Issuance")).to_contain_text("−1,000.000000")
     expect(members.locator("tr.sum td.strong")).to_have_text("0")
+    treasury = page.get_by_role("region", name="Treasury")
+    for fact in ("Policy2-e4b8d", "Levy2.5%", "Dividends50% of it every 7d", "Dividends paid4.200000"):
+        expect(treasury).to_contain_text(fact)
     nodes = page.get_by_role("table", name="Nodes")
     expect(nodes.get_by_role("row", name="bo-macbook")).to_contain_text("smollm2-135m [10:20)")
     expect(page.locator(".strips rect.loaded")).to_have_count(3)

@@ -110,6 +110,9 @@ def test_bad_options(home: Path) -> None:
     assert_refused(pod_command(home, "model", "add", "smollm2-135m", "--dtype", "int3"), "dtype")
     assert_refused(pod_command(home, "model", "rm", "nothing"), "nothing")
     assert_refused(pod_command(home, "key", "revoke", "nothing"), "nothing")
+    assert_refused(pod_command(home, "key", "create", "--cap", "-1"), "--cap", "whole credits")
+    assert_refused(pod_command(home, "key", "create", "--rpm", "0"), "--rpm")
+    assert_refused(pod_command(home, "key", "create", "--models", "gpt-9"), "gpt-9")
     assert_refused(pod_command(home, "members", "remove", "nobody"), "nobody")
 
 

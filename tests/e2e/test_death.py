@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from typing import Any
 
 import openai
 import pytest
@@ -13,6 +14,8 @@ from node.local_pod import LocalNode
 from tests.e2e.conftest import MODEL, LocalPod, wait_until
 
 pytestmark = pytest.mark.processes
+# Every chunk says how many tokens there have been.
+COUNTED: Any = {"include_usage": True, "continuous_usage_stats": True}
 
 
 def kill(node: LocalNode) -> None:
@@ -36,22 +39,26 @@ def test_a_stage_killed_in_a_stream_ends_it_and_the_pod_recovers(mortal_pod: Loc
         max_tokens=2000,
         temperature=0,
         stream=True,
+        stream_options=COUNTED,
         extra_body={"ignore_eos": True},
     )
-    for _ in range(5):
-        next(stream)
+    counts = [next(stream).usage.completion_tokens for _ in range(5)]
     kill(victim)
     killed_s = time.monotonic()
     with pytest.raises(openai.APIError) as failure:
-        list(stream)
+        counts.extend(chunk.usage.completion_tokens for chunk in stream)
     assert time.monotonic() - killed_s < 10
     assert failure.value.message
 
-    def voided() -> bool:
+    def settled() -> bool:
         books = asked.pod("ledger")
-        return books["num_open_holds"] == 0 and books["recent"][0]["state"] == "voided"
+        newest = books["recent"][0]
+        return books["num_open_holds"] == 0 and (newest["state"], newest["num_output_tokens"]) == (
+            "settled",
+            counts[-1],
+        )
 
-    wait_until("the hold is voided", voided, 10)
+    wait_until("the hold is settled at what the client was given", settled, 10)
     victim.start("up")
     victim.wait_until_up()
     assert identity(victim) == before

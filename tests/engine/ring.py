@@ -13,6 +13,7 @@ import torch
 
 from ledger.rate_card import DEFAULT_RATE_CARD, price
 from ledger.receipt import Receipt, SignedReceipt, sign_as_head
+from node.engine.admission import MAX_NUM_SESSIONS
 from node.engine.engine import Engine
 from node.engine.events import EngineEvent, SessionEnded
 from node.engine.loaded import LoadedShard
@@ -82,14 +83,17 @@ class Ring:
         caches_prefixes: bool = False,
         num_spares: int = 0,
         hidden_bits: int = 16,
+        max_num_sessions: int = MAX_NUM_SESSIONS,
     ) -> None:
         self.package = package
+        self.max_num_sessions = max_num_sessions
         self.hidden_bits = hidden_bits
         self.caches_prefixes = caches_prefixes
         self.network = MemoryNetwork()
         self.events: list[EngineEvent] = []
         self.heard: dict[bytes, Heard] = {}
         self._lock = threading.Lock()
+        self._to_sign: dict[bytes, OpenSession] = {}
         self._session_ids = (hashlib.sha256(bytes([n])).digest()[:16] for n in itertools.count())
         self.head_key = KeyPair.of_seed(bytes([255]) * 32)
         self.engines: list[Engine] = []
@@ -130,6 +134,7 @@ class Ring:
             **({"clock_ms": clock_ms} if clock_ms else {}),
             limits=limits,
             hidden_bits=self.hidden_bits,
+            max_num_sessions=self.max_num_sessions,
         )
         loaded = load(self.package, start, end, kv_tokens)
         engine.add_shard(loaded)
@@ -172,14 +177,18 @@ class Ring:
     def open(self, opening: OpenSession) -> Heard:
         """Open at every stage; wait until all have answered."""
         heard = self.heard.setdefault(opening.session, Heard())
-        for index, stage in enumerate(opening.route):
-            is_last = index == len(opening.route) - 1
-            needs_ids = is_last and opening.sampling.needs_prompt(opening.num_output_tokens_before)
-            ids = opening.prompt_ids if index == 0 or needs_ids else ()
-            own = replace(opening, stage_index=index, prompt_ids=ids)
-            self.head.send(stage.node, own)
+        for index in range(len(opening.route)):
+            self.send_opening(opening, index)
         wait_until(lambda: len(heard.opened) == len(opening.route) or bool(heard.errors))
         return heard
+
+    def send_opening(self, opening: OpenSession, index: int) -> None:
+        """To one stage."""
+        self.heard.setdefault(opening.session, Heard())
+        is_last = index == len(opening.route) - 1
+        needs_ids = is_last and opening.sampling.needs_prompt(opening.num_output_tokens_before)
+        ids = opening.prompt_ids if index == 0 or needs_ids else ()
+        self.head.send(opening.route[index].node, replace(opening, stage_index=index, prompt_ids=ids))
 
     def start(self, opening: OpenSession) -> None:
         """After what all stages have in their caches."""
@@ -194,6 +203,8 @@ class Ring:
         """All prompts at once; their output tokens. Sessions are closed afterwards."""
         chosen = samplings if len(samplings) == len(prompts) else (samplings or (GREEDY,)) * len(prompts)
         openings = [self.opening(prompt, one) for prompt, one in zip(prompts, chosen, strict=True)]
+        for opening in openings:
+            self.sign_for(opening)
         heards = [self.open(opening) for opening in openings]
         for opening in openings:
             self.start(opening)
@@ -238,6 +249,18 @@ class Ring:
         signed = sign_as_head(receipt, self.head_key.sign)
         self.head.send(receipt.stage, SignReceipt(receipt.session, signed.encode()))
 
+    def sign_for(self, opening: OpenSession) -> None:
+        """As an honest head does, at the first token: for without it a stage soon stops."""
+        self._to_sign[opening.session] = opening
+
+    def _sign_first(self, session: bytes) -> None:
+        opening = self._to_sign.pop(session, None)
+        if opening is not None:
+            num_cached_tokens = min(self.heard[session].cached.values(), default=0)
+            for index in range(len(opening.route)):
+                num_tokens = opening.num_prompt_tokens
+                self.send_receipt(self.receipt(opening, index, 1, num_tokens, 1, num_cached_tokens))
+
     def ended(self) -> list[SessionEnded]:
         return [event for event in self.events if isinstance(event, SessionEnded)]
 
@@ -252,6 +275,7 @@ class Ring:
                         self.heard[item.session].tokens.append(item.token_id)
                         self.heard[item.session].items.append(item)
                         self.heard[item.session].finish_reason = item.finish_reason
+                        self._sign_first(item.session)
                 case SessionOpened():
                     self.heard[frame.session].cached[frame.stage_index] = frame.num_cached_tokens
                     self.heard[frame.session].opened.add(frame.stage_index)

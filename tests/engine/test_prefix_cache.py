@@ -62,6 +62,7 @@ def test_a_session_may_begin_before_what_is_cached(llama: TinyModel, num_cached_
         # Somebody goes on using the cached blocks meanwhile.
         other = ring.opening(BEGINNING + [9] * 5, replace(GREEDY, max_num_output_tokens=200))
         other_heard = ring.open(other)
+        ring.sign_for(other)
         ring.start(other)
         opening = ring.opening(BEGINNING)
         heard = ring.open(opening)

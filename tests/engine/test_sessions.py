@@ -8,16 +8,25 @@ from array import array
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from ledger.entry import DisputeReason
+from ledger.rate_card import DEFAULT_RATE_CARD
+from ledger.receipt import SignedReceipt
 from node.engine import admission as admission_module
 from node.engine import engine as engine_module
+from node.engine import unpaid as unpaid_module
 from node.engine.admission import MAX_SESSION_MS
 from node.engine.arrivals import MAX_UNSTARTED_MS
 from node.engine.dialler import MAX_NUM_DIALS_PER_HEAD
-from node.engine.engine import MAX_NUM_ENTRIES_PER_STEP, MAX_NUM_UNSIGNED_OUTPUT_TOKENS
+from node.engine.endings import MAX_UNSIGNED_MS
+from node.engine.engine import MAX_NUM_ENTRIES_PER_STEP
+from node.engine.events import ReceiptHeld, WorkDisputed
 from node.engine.inbox import Inbox
+from node.engine.messages import MAX_NUM_RATE_CARDS
+from node.engine.meter import MAX_NUM_UNSIGNED_FIRST_TOKENS, MAX_NUM_UNSIGNED_TOKENS
 from node.engine.scheduler import StepLimits
 from node.links.frames import (
     CloseSession,
@@ -121,6 +130,7 @@ def test_no_kv_room_is_refused_and_room_comes_back(llama: TinyModel) -> None:
         errors = ring.open(second).errors
         assert {error.code for error in errors} == {ErrorCode.NO_KV_ROOM}
         assert "107 tokens of KV room needed, 48 of 160 are free" in errors[0].message
+        ring.close_session(second)
         ring.close_session(first)
         third = ring.opening(prompt, sampling)
         assert not ring.open(third).errors
@@ -264,7 +274,7 @@ BAD_OPENINGS: dict[str, tuple[Callable[[OpenSession], OpenSession], ErrorCode, s
         ErrorCode.BAD_FRAME,
         "do not fit the context of 512",
     ),
-    "rate card": (lambda o: replace(o, rate_card_version=9), ErrorCode.BAD_FRAME, "rate card 9"),
+    "rate card": (lambda o: replace(o, rate_card_version=9), ErrorCode.UNKNOWN_SHARD, "rate card 9"),
 }
 
 
@@ -279,6 +289,19 @@ def test_a_bad_opening_is_refused_with_its_reason(llama: TinyModel, name: str) -
         assert heard.errors[0].code is code
         assert words in heard.errors[0].message
         assert ring.all_kv_free()
+
+
+def test_a_stage_accepts_the_newest_rate_cards_and_no_older_one(llama: TinyModel) -> None:
+    """An old cheaper card is a discount that a head would give itself."""
+    cards = [replace(DEFAULT_RATE_CARD, version=version) for version in range(2, 2 + MAX_NUM_RATE_CARDS)]
+    with Ring(llama.package) as ring:
+        for card in cards[:-1]:
+            ring.engines[0].set_rate_card(card)
+        assert not ring.open(ring.opening(PROMPT, GREEDY)).errors
+        ring.engines[0].set_rate_card(cards[-1])
+        heard = ring.open(ring.opening(PROMPT, GREEDY))
+        assert heard.errors[0].code is ErrorCode.UNKNOWN_SHARD
+        assert not ring.open(replace(ring.opening(PROMPT, GREEDY), rate_card_version=2)).errors
 
 
 def test_only_its_head_may_steer_a_session(llama: TinyModel) -> None:
@@ -307,7 +330,8 @@ def test_receipts_are_co_signed_up_to_the_own_count_and_disputed_above(llama: Ti
 
 
 def test_a_head_that_does_not_sign_is_waited_for(llama: TinyModel) -> None:
-    num_first = MAX_NUM_UNSIGNED_OUTPUT_TOKENS + 1
+    """Less long for the first signature, which is for the prompt too; then up to the limit, no further."""
+    num_first = MAX_NUM_UNSIGNED_FIRST_TOKENS + 1
     now_ms = [0]
     with Ring(llama.package, (2,), clock_ms=lambda: now_ms[0]) as ring:
         opening, heard = begin(ring, ENDLESS)
@@ -318,13 +342,116 @@ def test_a_head_that_does_not_sign_is_waited_for(llama: TinyModel) -> None:
         assert len(heard.tokens) == num_first
         wait_until(lambda: session.group.num_decoding == 0)
         for index in range(2):
-            ring.send_receipt(ring.receipt(opening, index, 1, len(PROMPT), 64))
-        wait_until(lambda: len(heard.tokens) == num_first + 64)
+            ring.send_receipt(ring.receipt(opening, index, 1, len(PROMPT), 20))
+        num_then = 20 + MAX_NUM_UNSIGNED_TOKENS + 1
+        wait_until(lambda: len(heard.tokens) == num_then)
+        wait_until(lambda: session.is_paused and bool(session.waiting))
+        # In time it goes on as if nothing had been.
+        now_ms[0] += MAX_UNSIGNED_MS - 1
+        for index in range(2):
+            ring.send_receipt(ring.receipt(opening, index, 2, len(PROMPT), 30))
+        wait_until(lambda: len(heard.tokens) == num_then + 10)
+        wait_until(lambda: session.is_paused and bool(session.waiting))
         assert not heard.errors
-        now_ms[0] = MAX_SESSION_MS
+        assert not [event for event in ring.events if isinstance(event, WorkDisputed)]
+
+
+def test_a_head_that_goes_on_not_signing_is_given_up_and_disputed(llama: TinyModel) -> None:
+    now_ms = [0]
+    with Ring(llama.package, clock_ms=lambda: now_ms[0]) as ring:
+        opening, heard = begin(ring, ENDLESS)
+        session = ring.engines[0]._book.sessions[opening.session]
+        wait_until(lambda: session.is_paused and bool(session.waiting))
+        ring.send_receipt(ring.receipt(opening, 0, 1, len(PROMPT), 20))
+        wait_until(lambda: session.is_paused and len(heard.tokens) > 200)
+        now_ms[0] += MAX_UNSIGNED_MS
         ring.engines[0].shards().result(10)
         wait_until(lambda: bool(heard.errors))
-        assert heard.errors[0].code is ErrorCode.DEADLINE
+        assert heard.errors[0].code is ErrorCode.UNSIGNED_LIMIT
+        assert f"signed for 20 of {len(heard.tokens)}" in heard.errors[0].message
+        (dispute,) = [event for event in ring.events if isinstance(event, WorkDisputed)]
+        assert (dispute.session, dispute.reason) == (opening.session, DisputeReason.UNSIGNED_LIMIT)
+        # The newest that was co-signed says for whom the work was.
+        assert SignedReceipt.decode(dispute.receipt).receipt.num_output_tokens == 20
+        wait_until(ring.all_kv_free)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"num_output_tokens": 11}, DisputeReason.COUNTS),
+        ({"num_prompt_tokens": 1}, DisputeReason.COUNTS),
+        ({"payer": bytes([7]) * 32}, DisputeReason.TERMS),
+        ({"num_parameters": 1}, DisputeReason.TERMS),
+        ({"amount_microcredits": 0}, DisputeReason.COUNTS),
+    ],
+)
+def test_a_receipt_that_is_not_the_own_count_is_disputed(
+    llama: TinyModel, change: dict[str, Any], reason: DisputeReason
+) -> None:
+    with Ring(llama.package) as ring:
+        opening, heard = begin(ring, replace(GREEDY, max_num_output_tokens=10))
+        wait_until(lambda: heard.is_over)
+        ring.send_receipt(replace(ring.receipt(opening, 0, 1, len(PROMPT), 10), **change))
+        wait_until(lambda: bool(heard.errors))
+        assert heard.errors[0].code is ErrorCode.DISPUTED_RECEIPT
+        (dispute,) = [event for event in ring.events if isinstance(event, WorkDisputed)]
+        assert dispute.reason == reason
+        assert SignedReceipt.decode(dispute.receipt).receipt.session == opening.session
+        assert not [event for event in ring.events if isinstance(event, ReceiptHeld)]
+
+
+def test_a_head_that_never_pays_is_refused_after_so_many_tokens(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes what it can get of every session and closes it unsigned. Who signs goes on for ever."""
+    monkeypatch.setattr(unpaid_module, "MAX_NUM_UNPAID_TOKENS", 500)
+    num_tokens = len(PROMPT) + 16
+    with Ring(llama.package) as ring:
+        num_served = 0
+        while not (heard := ring.open(opening := ring.opening(PROMPT, GREEDY))).errors:
+            ring.start(opening)
+            wait_until(lambda: heard.is_over)
+            ring.close_session(opening)
+            num_served += 1
+        assert heard.errors[0].code is ErrorCode.UNSIGNED_LIMIT
+        assert 500 - num_tokens <= num_served * num_tokens <= 500 + 2 * num_tokens
+    with Ring(llama.package) as ring:
+        for _ in range(3 * num_served):
+            opening, heard = begin(ring)
+            wait_until(lambda: heard.is_over)  # noqa: B023
+            ring.send_receipt(ring.receipt(opening, 0, 1, len(PROMPT), 16))
+            ring.close_session(opening)
+            assert not heard.errors
+
+
+def test_what_a_stage_broke_off_itself_is_not_held_against_the_head(llama: TinyModel) -> None:
+    with Ring(llama.package) as ring:
+        _, heard = begin(ring, ENDLESS)
+        wait_until(lambda: len(heard.tokens) > 20)
+        engine, loaded = ring.engines[0], ring.shards[0]
+        engine.drop_shard(loaded.model, loaded.start_layer, loaded.end_layer).result(10)
+        wait_until(lambda: bool(heard.errors))
+        assert heard.errors[0].code is ErrorCode.SHUTTING_DOWN
+        assert engine._endings.unpaid.num_unpaid(ring.head_key.public) == 0
+
+
+def test_a_head_that_calls_everything_a_replay_gets_little_for_it(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt of a replay is nobody's to pay. What the stage broke off itself it owes."""
+    monkeypatch.setattr(unpaid_module, "MAX_NUM_UNPAID_TOKENS", 5 * len(PROMPT))
+    with Ring(llama.package) as ring:
+        errors = []
+        for _ in range(8):
+            opening = replace(ring.opening(PROMPT), num_output_tokens_before=1)
+            heard = ring.open(opening)
+            errors += [error.code for error in heard.errors]
+            ring.close_session(opening)
+        assert errors == [ErrorCode.UNSIGNED_LIMIT] * 3
+        engine = ring.engines[0]
+        engine._endings.unpaid.interrupted(ring.head_key.public, len(PROMPT))
+        assert not ring.open(replace(ring.opening(PROMPT), num_output_tokens_before=1)).errors
 
 
 def test_steps_go_on_under_a_flood(llama: TinyModel) -> None:

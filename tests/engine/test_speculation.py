@@ -146,6 +146,7 @@ def test_wrong_guesses_are_given_up(llama: TinyModel) -> None:
         opening = ring.opening(prompt, sampling)
         heard = ring.open(opening)
         session = ring.engines[0]._book.sessions[opening.session]
+        ring.sign_for(opening)
         ring.start(opening)
         wait_until(lambda: heard.is_over)
         assert session.speculation is not None

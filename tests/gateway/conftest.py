@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -26,10 +27,11 @@ class RunningGateway:
     backend: FakeBackend
     port: int
     loop: asyncio.AbstractEventLoop
+    scheme: str = "http"
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{self.scheme}://127.0.0.1:{self.port}"
 
     def run(self, coroutine: Awaitable[T]) -> T:
         async def wrapped() -> T:
@@ -53,20 +55,26 @@ def gateway() -> Iterator[RunningGateway]:
     yield from run_gateway(FakeBackend())
 
 
-def run_gateway(backend: FakeBackend, keep_alive_s: float = 10.0) -> Iterator[RunningGateway]:
+def run_gateway(
+    backend: FakeBackend,
+    keep_alive_s: float = 10.0,
+    tls: ssl.SSLContext | None = None,
+    is_strict: bool = False,
+) -> Iterator[RunningGateway]:
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
     loop = uvloop.new_event_loop()
     stop = asyncio.Event()
 
     async def main() -> None:
-        async with serving(create_app(backend, keep_alive_s=keep_alive_s), listener, grace_s=1):
+        app = create_app(backend, keep_alive_s=keep_alive_s, is_strict=lambda: is_strict)
+        async with serving(app, listener, tls=tls, grace_s=1):
             await stop.wait()
 
     thread = threading.Thread(target=loop.run_until_complete, args=(main(),))
     thread.start()
     try:
-        yield RunningGateway(backend, port, loop)
+        yield RunningGateway(backend, port, loop, "http" if tls is None else "https")
     finally:
         loop.call_soon_threadsafe(stop.set)
         thread.join(15)

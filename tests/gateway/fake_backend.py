@@ -23,11 +23,13 @@ from node.gateway.backend import (
     ModelRow,
     ModelState,
     NodeRow,
+    RateLimit,
     RequestRow,
     RequestState,
     ShardRow,
     StageSeconds,
     TokenTime,
+    TreasuryState,
     Usage,
 )
 from node.links.frames import FinishReason
@@ -37,12 +39,15 @@ VOCAB_SIZE = 257
 KEY = "sk-pod-alice"
 REVOKED_KEY = "sk-pod-revoked"
 NARROW_KEY = "sk-pod-narrow"
+LIMITED_KEY = "sk-pod-limited"
+LIMITED_TOKENS = 50
 MODEL = "tiny"
 OTHER_MODEL = "org/other"
 CONTEXT_TOKENS = 400
 ROUTE = "ada[0:2),bo[2:4)"
 ALICE = Caller(b"A" * 32, "alice", b"k" * 16)
 NARROW = replace(ALICE, key_id=b"n" * 16, models=(OTHER_MODEL,))
+LIMITED = replace(ALICE, key_id=b"l" * 16, max_num_tokens_per_minute=LIMITED_TOKENS)
 
 
 class ByteTokenizer:
@@ -80,12 +85,16 @@ def tokens_of(text: str, finish: FinishReason = FinishReason.STOP) -> list[Gener
 
 @dataclass
 class Script:
-    """What one generation does: `tokens`, pausing before the one at `pause_at` until `go`, then `error`."""
+    """What one generation does: `tokens`, pausing before the one at `pause_at` until `go`, then `error`.
+
+    `is_paced`: between two tokens others may run.
+    """
 
     tokens: list[GeneratedToken] = field(default_factory=lambda: tokens_of("Hello, wörld 🌍!"))
     pause_at: int | None = None
     go: asyncio.Event = field(default_factory=asyncio.Event)
     error: BackendRefusal | None = None
+    is_paced: bool = False
 
 
 class FakeGeneration:
@@ -97,6 +106,7 @@ class FakeGeneration:
         self.script = script
         self.settlements: list[int] = []
         self.num_yielded = 0
+        self.num_delivered = 0
         self.closed = False
 
     async def tokens(self) -> AsyncGenerator[GeneratedToken, None]:
@@ -107,6 +117,8 @@ class FakeGeneration:
                 token = with_logprobs(plain, num_top)
                 if index == self.script.pause_at:
                     await self.script.go.wait()
+                if self.script.is_paced:
+                    await asyncio.sleep(0)
                 self.num_yielded += 1
                 if self.num_yielded == limit and token.finish_reason is FinishReason.NONE:
                     yield replace(token, finish_reason=FinishReason.LENGTH)
@@ -116,6 +128,9 @@ class FakeGeneration:
                 raise self.script.error
         finally:
             self.closed = True
+
+    def delivered(self, num_output_tokens: int) -> None:
+        self.num_delivered = num_output_tokens
 
     async def settle(self, num_output_tokens: int) -> Usage:
         self.settlements.append(num_output_tokens)
@@ -134,15 +149,19 @@ class FakeBackend:
         self.open_hangs = False
         self.route_text = ROUTE
         self.view = example_view()
+        self.limits: tuple[RateLimit, ...] = ()
         self._watchers: set[asyncio.Event] = set()
 
     async def authenticate(self, bearer: str) -> Caller:
-        callers = {KEY: ALICE, NARROW_KEY: NARROW}
+        callers = {KEY: ALICE, NARROW_KEY: NARROW, LIMITED_KEY: LIMITED}
         if bearer == REVOKED_KEY:
             raise KeyRefused("Incorrect API key provided: it was revoked.")
         if bearer not in callers:
             raise KeyRefused("Incorrect API key provided: it is malformed.")
         return callers[bearer]
+
+    def rate_limits(self, caller: Caller) -> tuple[RateLimit, ...]:
+        return self.limits
 
     def may_view(self, member: bytes, key_id: bytes) -> bool:
         return member == ALICE.member and key_id not in self.revoked
@@ -233,6 +252,17 @@ def example_view() -> DashboardView:
         members=tuple(members),
         treasury_microcredits=500_000_000,
         issuance_microcredits=-1_000_000_000,
+        treasury=TreasuryState(
+            policy_name="2-e4b8d",
+            levy_per_mille=25,
+            dividend_per_mille=500,
+            dividend_period_s=7 * 86_400,
+            credit_line_microcredits=500_000_000,
+            levied_microcredits=12_500_000,
+            granted_microcredits=600_000_000,
+            dividends_paid_microcredits=4_200_000,
+            dividends_due_microcredits=2_050_000,
+        ),
         nodes=tuple(nodes),
         models=(EXAMPLE_MODEL,),
         requests=(example_request(1),),

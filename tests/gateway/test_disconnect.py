@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Iterator
 
@@ -54,6 +55,21 @@ def test_in_the_middle_of_a_stream(gateway: RunningGateway) -> None:
     with ask(gateway, stream=True) as connection:
         read_until(connection, b'"content":"o"')
     only_generation_is_settled(gateway, 5)
+
+
+@pytest.mark.parametrize("num_read", range(1, 60, 3))
+def test_what_is_settled_is_what_was_sent(gateway: RunningGateway, num_read: int) -> None:
+    """A client that says it will send no more, and reads on to the end, has seen every token it pays for."""
+    gateway.backend.scripts.append(Script(tokens_of("x" * 3000), is_paced=True))
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    with ask(gateway, stream=True, stream_options=options, max_tokens=350) as connection:
+        data = read_until(connection, b'"completion_tokens":%d,' % num_read)
+        connection.shutdown(socket.SHUT_WR)
+        while piece := connection.recv(65536):
+            data += piece
+    wait_until("settled", lambda: bool(gateway.backend.generations[0].settlements))
+    counts = [int(number) for number in re.findall(rb'"completion_tokens":(\d+)', data)]
+    assert gateway.backend.generations[0].settlements == [counts[-1]]
 
 
 def test_tokens_that_never_became_text_were_not_delivered(gateway: RunningGateway) -> None:

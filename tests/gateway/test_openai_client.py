@@ -267,14 +267,12 @@ def test_a_failure_before_the_first_token_is_a_503(
 
 
 def test_when_one_of_several_prompts_fails_all_are_settled(client: OpenAI, gateway: RunningGateway) -> None:
-    """How far the first had come when the second failed is a matter of timing."""
+    """At nothing: no part of the answer leaves."""
     gateway.backend.scripts.extend([Script(tokens_of("never"), pause_at=2), failing("x")])
     with pytest.raises(openai.InternalServerError):
         client.completions.create(model=MODEL, prompt=["a", "b"])
     first, second = gateway.backend.generations
-    assert [len(generation.settlements) for generation in (first, second)] == [1, 1]
-    assert first.settlements[0] <= 2
-    assert second.settlements == [1]
+    assert (first.settlements, second.settlements) == ([0], [0])
     assert first.closed
 
 

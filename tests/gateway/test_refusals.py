@@ -10,7 +10,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from node.gateway.backend import BackendRefusal, GenerationFailed, NoRoute, QuotaExceeded
+from node.gateway.backend import BackendRefusal, GenerationFailed, NoRoute, QuotaExceeded, WaitedTooLong
 from node.gateway.body import MAX_BODY_BYTES
 from tests.gateway.conftest import RunningGateway, run_gateway
 from tests.gateway.fake_backend import CONTEXT_TOKENS, KEY, MODEL, REVOKED_KEY, VOCAB_SIZE, FakeBackend
@@ -242,6 +242,7 @@ def test_keys(shared: RunningGateway, headers: dict[str, str]) -> None:
         (NoRoute("layers [2:4) of tiny have no live node"), 503, "no_route", openai.InternalServerError),
         (GenerationFailed("stage bo[2:4) refused"), 503, "generation_failed", openai.InternalServerError),
         (QuotaExceeded("alice is past her credit line"), 429, "insufficient_quota", openai.RateLimitError),
+        (WaitedTooLong("the pod is busy", 7), 429, "pod_busy", openai.RateLimitError),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -260,8 +261,9 @@ def test_the_node_says_no(
     client = OpenAI(base_url=f"{gateway.url}/v1", api_key=KEY, max_retries=0)
     with pytest.raises(kind) as caught:
         client.chat.completions.create(model=MODEL, messages=HI, stream=stream)
-    should_retry = caught.value.response.headers.get("x-should-retry")
-    assert should_retry == ("false" if status == 429 else None)
+    headers = caught.value.response.headers
+    assert headers.get("x-should-retry") == ("false" if isinstance(refusal, QuotaExceeded) else None)
+    assert headers.get("retry-after") == ("7" if isinstance(refusal, WaitedTooLong) else None)
 
 
 def test_a_fault_of_ours_is_an_error_object_too(gateway: RunningGateway) -> None:

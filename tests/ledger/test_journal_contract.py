@@ -15,11 +15,16 @@ from tests.ledger.world import POD
 AUTHOR, OTHER = b"a" * 32, b"b" * 32
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "postgresql"])
 def journal(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Journal]:
-    made: Journal = (
-        MemoryJournal() if request.param == "memory" else SqlJournal(f"sqlite:///{tmp_path}/l.sqlite", POD)
-    )
+    made: Journal
+    match request.param:
+        case "memory":
+            made = MemoryJournal()
+        case "sqlite":
+            made = SqlJournal(f"sqlite:///{tmp_path}/l.sqlite", POD)
+        case _:
+            made = SqlJournal(request.getfixturevalue("postgresql").new_database(), POD)
     yield made
     made.close()
 
@@ -59,6 +64,22 @@ def test_both_sides_of_a_fork_are_kept(journal: Journal) -> None:
     journal.write([record(1, branch=7)])
     assert journal.hashes_at(AUTHOR, 1) == [record(1).hash, record(1, branch=7).hash]
     assert journal.read_range(AUTHOR, 1, 9) == [record(1), record(1, branch=7)]
+
+
+def test_what_is_written_may_be_read_from_another_journal(journal: Journal) -> None:
+    """However long it is, it is there whole or, when the other one fails, not at all."""
+    source = MemoryJournal()
+    source.write(record(number) for number in range(2_100))
+
+    def failing() -> Iterator[Record]:
+        yield from source.iterate()
+        raise JournalError("the source is gone")
+
+    with pytest.raises(JournalError, match="the source is gone"):
+        journal.write(failing())
+    assert journal.num_entries() == 0
+    journal.write(source.iterate())
+    assert list(journal.iterate()) == list(source.iterate())
 
 
 def test_a_write_is_all_or_nothing(journal: Journal) -> None:

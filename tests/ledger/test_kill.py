@@ -30,8 +30,8 @@ def run_and_kill(url: str, first: int, num_lines: int) -> list[str]:
     return [line.strip() for line in lines]
 
 
-def test_kill_leaves_an_intact_journal(tmp_path: Path) -> None:
-    url, num_sessions, world = f"sqlite:///{tmp_path}/ledger.sqlite", 0, World()
+def test_kill_leaves_an_intact_journal(database_url: str) -> None:
+    url, num_sessions, world = database_url, 0, World()
     for number in range(NUM_KILLS):
         reported = run_and_kill(url, first=1_000 * number, num_lines=3 + 5 * number)
         ledger = world.ledger(0, url)

@@ -48,8 +48,8 @@ class FakeDirectory:
     def may_charge(self, node: bytes, hold: HoldOpened) -> bool:
         return hold.authorization == KEY_SHOWN
 
-    def rate_card(self, version: int) -> RateCard | None:
-        return self.cards.get(version)
+    def rate_cards(self, version: int) -> tuple[RateCard, ...]:
+        return (self.cards[version],) if version in self.cards else ()
 
 
 @dataclass

@@ -124,6 +124,7 @@ def openings(draw: st.DrawFn) -> OpenSession:
         prompt_ids=array("I", draw(st.lists(u32, max_size=50))),
         prefix_hashes=tuple(draw(st.lists(session, max_size=max_num_hashes))),
         max_num_draft_tokens=draw(st.integers(0, 15)),
+        authorization=draw(st.binary(max_size=1024)),
     )
 
 

@@ -114,22 +114,30 @@ class Links:
 
 
 class Pod:
-    """Node 0 is the head; nodes 1 and 2 are the stages of a route over two layers."""
+    """Node 0 is the head, or another; nodes 1 and 2 are the stages of a route over two layers."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        url: str = MEMORY_URL,
+        number: int = 0,
+        check_credit: Callable[[bytes], None] = lambda member: None,
+    ) -> None:
         self.world = World()
+        node = self.world.nodes[number]
+        self.node = node.public
         self.first, self.last = FakeStage(1), FakeStage(2)
         self.links = Links(self.world, [self.first, self.last])
-        self.ledger: Ledger = self.world.ledger(0, MEMORY_URL)
+        self.ledger: Ledger = self.world.ledger(number, url)
         self.thread = LedgerThread(self.ledger)
         self.head = Head(
             pod=POD,
-            node=self.world.nodes[0].public,
-            sign=self.world.nodes[0].sign,
+            node=node.public,
+            sign=node.sign,
             links=cast(HeadLinks, self.links),
             ledger=self.thread,
             find_route=lambda model, avoided: self.route,
             clock_ms=self.world.clock,
+            check_credit=check_credit,
         )
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from ledger.entry import HoldOpened, HoldSettled, HoldVoided
+from ledger.entry import HoldOpened, HoldSettled
 from node.gateway.backend import GenerationFailed, NoRoute
 from node.links.frames import Sampling, Stage
 from tests.engine.ring import GREEDY, Ring, wait_until
@@ -91,7 +91,7 @@ async def test_a_lost_stage_is_replaced_and_the_text_goes_on(llama: TinyModel) -
         first, second = [entry for entry in head.entries() if isinstance(entry, HoldSettled)]
         # The stages that live sign for all they did; the lost one is paid up to what it signed.
         counts = [signed.receipt.num_output_tokens for signed in first.receipts]
-        assert counts == [first.num_output_tokens, first.num_output_tokens, 64]
+        assert counts == [first.num_output_tokens, first.num_output_tokens, 65]
         assert first.num_output_tokens >= 100
         assert {signed.receipt.num_prompt_tokens for signed in second.receipts} == {0}
         assert [signed.receipt.num_output_tokens for signed in second.receipts] == [
@@ -101,7 +101,7 @@ async def test_a_lost_stage_is_replaced_and_the_text_goes_on(llama: TinyModel) -
         head.close()
 
 
-async def test_with_nobody_to_take_over_the_request_fails_and_costs_nothing(llama: TinyModel) -> None:
+async def test_with_nobody_to_take_over_the_request_fails_and_costs_what_it_gave(llama: TinyModel) -> None:
     with Ring(llama.package, (2,)) as ring:
         head = RingHead(ring)
         session = await head.open(make_prompts(1, 20)[0], replace(GREEDY, max_num_output_tokens=300))
@@ -118,8 +118,15 @@ async def test_with_nobody_to_take_over_the_request_fails_and_costs_nothing(llam
             with pytest.raises(GenerationFailed, match=r"the stage \["):
                 await read()
             usage = await session.settle(num_tokens)
-        assert usage.num_output_tokens == 0
-        assert [type(entry) for entry in head.entries()] == [HoldOpened, HoldVoided]
+        assert (usage.num_prompt_tokens, usage.num_output_tokens) == (20, num_tokens)
+        assert [type(entry) for entry in head.entries()] == [HoldOpened, HoldSettled]
+        # The stage that lives signs for all of it; the one that is gone has signed for some.
+        settled = head.entries()[1]
+        assert isinstance(settled, HoldSettled)
+        counts = [signed.receipt.num_output_tokens for signed in settled.receipts]
+        assert counts[0] == num_tokens
+        assert counts[1] in (1, 65)
+        assert head.ledger.open_holds() == []
         head.close()
 
 

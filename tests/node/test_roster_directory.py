@@ -107,6 +107,17 @@ def test_who_never_was_a_member_cannot_be_charged() -> None:
     assert not directory().may_charge(NODE, made_up)
 
 
+def test_no_single_hold_is_above_the_key_s_cap() -> None:
+    member = key_of("mark")
+    for cap_microcredits, may in ((500, True), (499, False)):
+        bearer, delegation = delegate(
+            STORY.pod, member.public, member.sign, "n", NOW_MS, cap_microcredits=cap_microcredits
+        )
+        bare = hold(delegation)
+        shown = replace(bare, authorization=authorize(delegation, bearer.sign, NODE, bare))
+        assert directory().may_charge(NODE, shown) is may
+
+
 def test_the_answer_is_the_same_after_the_member_left() -> None:
     story = told()
     story.say("olga", MemberRemoved(key_of("mark").public, tuple(e.hash for e in story.said)))

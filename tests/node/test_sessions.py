@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 
 from ledger.entry import HoldOpened, HoldSettled, HoldVoided, decode_entry
+from ledger.ledger import LedgerError
 from ledger.rate_card import DEFAULT_RATE_CARD
+from ledger.receipt import SignedReceipt
 from ledger.session_record import SessionState
 from node.gateway.backend import GenerationFailed, NoRoute
 from node.links.frames import ErrorCode, FinishReason, SessionError, SignReceipt
 from node.sessions import attempt as attempt_module
 from node.sessions.authorization import Authorize
+from node.sessions.receipts import SessionReceipts
 from node.sessions.session import HeadSession
-from tests.ledger.world import KEY_SHOWN, raws
+from tests.ledger.world import KEY_SHOWN, raws, session_id
 from tests.node.session_world import PROMPT, Pod
 
 pytestmark = pytest.mark.anyio
@@ -179,17 +183,124 @@ async def test_more_tokens_in_the_batch_of_the_last_one_fail_the_session(pod: Po
     assert [type(body) for body in bodies(pod)] == [HoldOpened, HoldVoided]
 
 
-async def test_less_delivered_than_signed_is_settled_as_signed(pod: Pod) -> None:
+def signed_counts(pod: Pod) -> list[int]:
+    """Output tokens of each receipt that the last stage was sent."""
+    frames = [frame for frame in pod.last.said if isinstance(frame, SignReceipt)]
+    return [SignedReceipt.decode(frame.receipt).receipt.num_output_tokens for frame in frames]
+
+
+async def test_receipts_follow_what_the_client_was_given(pod: Pod) -> None:
+    """The first token, then every 64th, and the end: no other frames, however many tokens there are."""
+    pod.last.num_tokens = 300
+    session = await pod.head.open(pod.request(max_num_output_tokens=300), DEFAULT_RATE_CARD)
+    num_read = 0
+    async for _ in session.tokens():
+        num_read += 1
+        session.num_delivered = num_read
+    assert signed_counts(pod) == [1, 65, 129, 193, 257]
+    await session.settle(300)
+    assert signed_counts(pod) == [1, 65, 129, 193, 257, 300]
+    (settled,) = [body for body in bodies(pod) if isinstance(body, HoldSettled)]
+    assert [signed.receipt.num_output_tokens for signed in settled.receipts] == [300, 300]
+
+
+@pytest.mark.parametrize("num_delivered", [1, 2, 64, 65, 66, 100])
+async def test_a_client_that_goes_pays_for_what_it_was_given(pod: Pod, num_delivered: int) -> None:
+    pod.last.num_tokens = 300
+    session = await pod.head.open(pod.request(max_num_output_tokens=300), DEFAULT_RATE_CARD)
+    num_read = 0
+    async for _ in session.tokens():
+        num_read += 1
+        if num_read == num_delivered + 1:
+            break
+        session.num_delivered = num_read
+    usage = await session.settle(num_delivered)
+    assert usage.num_output_tokens == num_delivered
+    (settled,) = [body for body in bodies(pod) if isinstance(body, HoldSettled)]
+    assert settled.num_output_tokens == num_delivered
+    assert [signed.receipt.num_output_tokens for signed in settled.receipts] == [num_delivered] * 2
+    assert pod.ledger.open_holds() == []
+
+
+async def test_a_client_that_goes_before_the_first_token_pays_nothing(pod: Pod) -> None:
+    session = await pod.head.open(pod.request(), DEFAULT_RATE_CARD)
+    async for _ in session.tokens():
+        break
+    assert (await session.settle(0)).num_output_tokens == 0
+    assert signed_counts(pod) == []
+    assert [type(body) for body in bodies(pod)] == [HoldOpened, HoldVoided]
+
+
+async def test_text_that_is_held_back_for_long_is_signed_for_all_the_same(pod: Pod) -> None:
+    """Or a stage would wait for the head, and the head for the stage. What is signed for is settled."""
     pod.last.num_tokens = 66
     session = await pod.head.open(pod.request(max_num_output_tokens=66), DEFAULT_RATE_CARD)
     assert len(await read(session)) == 66
-    usage = await session.settle(60)
-    assert usage.num_output_tokens == 64
+    assert signed_counts(pod) == [1]
+    usage = await session.settle(0)
+    assert usage.num_output_tokens == 1
     (settled,) = [body for body in bodies(pod) if isinstance(body, HoldSettled)]
-    assert settled.num_output_tokens == 64
-    assert [signed.receipt.num_output_tokens for signed in settled.receipts] == [64, 64]
-    signed_counts = [frame for frame in pod.last.said if isinstance(frame, SignReceipt)]
-    assert len(signed_counts) == 2
+    assert settled.num_output_tokens == 1
+
+
+async def test_a_request_that_fails_after_some_tokens_is_settled_at_those(pod: Pod) -> None:
+    def start(session: bytes) -> None:
+        for number in range(10):
+            pod.links.say_token(pod.route[1].node, session, number, FinishReason.NONE)
+        broken = SessionError(session, 1, ErrorCode.INTERNAL, "broken")
+        pod.links.subscriptions.received(pod.route[1].node, broken)
+
+    pod.links.on_start = start
+    session = await pod.head.open(pod.request(max_num_output_tokens=20), DEFAULT_RATE_CARD)
+
+    async def deliver() -> None:
+        async for _ in session.tokens():
+            session.num_delivered += 1
+
+    with pytest.raises(GenerationFailed, match="broken"):
+        await deliver()
+    pod.last.co_signs = False
+    usage = await session.settle(10)
+    assert (usage.num_prompt_tokens, usage.num_output_tokens) == (3, 10)
+    (settled,) = [body for body in bodies(pod) if isinstance(body, HoldSettled)]
+    # The stage that broke is paid for what it had signed before.
+    assert [signed.receipt.num_output_tokens for signed in settled.receipts] == [10, 1]
+    assert pod.ledger.open_holds() == []
+
+
+async def test_an_attempt_lost_in_its_prompt_costs_nothing_and_the_next_one_all(pod: Pod) -> None:
+    num_starts = 0
+
+    def start(session: bytes) -> None:
+        nonlocal num_starts
+        num_starts += 1
+        if num_starts > 1:
+            pod.links.make_tokens(session)
+            return
+        lost = SessionError(session, 0, ErrorCode.NEXT_HOP_UNREACHABLE, "the next stage is gone")
+        pod.links.subscriptions.received(pod.route[0].node, lost)
+
+    pod.links.on_start = start
+    session = await pod.head.open(pod.request(), DEFAULT_RATE_CARD)
+    assert await read(session) == [40, 41, 42, 43]
+    usage = await session.settle(4)
+    assert (session.num_attempts, usage.num_prompt_tokens, usage.num_output_tokens) == (2, 3, 4)
+    settled = [body for body in bodies(pod) if isinstance(body, HoldSettled)]
+    assert [(body.num_prompt_tokens, body.num_output_tokens) for body in settled] == [(3, 4)]
+    assert Counter(map(type, bodies(pod))) == {HoldOpened: 2, HoldVoided: 1, HoldSettled: 1}
+    assert pod.ledger.open_holds() == []
+
+
+async def test_a_settlement_that_breaks_a_rule_leaves_no_hold_open(
+    pod: Pod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = await pod.head.open(pod.request(), DEFAULT_RATE_CARD)
+    await read(session)
+    wrong = pod.world.co_signed(pod.world.receipt(session_id(99)))
+    monkeypatch.setattr(SessionReceipts, "co_signed", lambda self: (wrong,))
+    with pytest.raises(LedgerError, match="another session"):
+        await session.settle(4)
+    assert [type(body) for body in bodies(pod)] == [HoldOpened, HoldVoided]
 
 
 async def test_a_stage_that_gave_up_is_not_waited_for(pod: Pod, monkeypatch: pytest.MonkeyPatch) -> None:

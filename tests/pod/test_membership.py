@@ -14,7 +14,7 @@ from pod.control import ControlError
 from pod.invite import InviteError
 from pod.membership import Membership, MembershipError
 from pod.memory_control import MemoryNetwork
-from pod.roster.events import MemberRemoved, PolicySet, Role
+from pod.roster.events import KeyIssued, MemberRemoved, PolicySet, Role
 from tests.pod.machines import Machines, play
 from tests.pod.waiting import until
 
@@ -66,7 +66,7 @@ def test_everything_is_still_there_offline_and_events_can_be_issued_there(
         assert offline.roster == mark.roster
         invite = offline.invite()
         assert invite.addresses
-        assert "sk-pod-" in offline.issue_api_key("laptop")
+        offline.issue(KeyIssued(b"i" * 16, "laptop", 0))
         await machines.up(offline, listen=olga.addresses()[0].partition("/p2p/")[0])
         await machines.up(Membership.open(machines.home("mark")))
         await until(lambda: invite.key.public in machines.running["mark"].roster.invites, within_s=8)

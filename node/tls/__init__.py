@@ -1,0 +1,1 @@
+"""HTTPS of the gateway: the pod's own authority, and the certificate of this node."""
