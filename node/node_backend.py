@@ -154,7 +154,7 @@ class NodeBackend:
         roster = self._state.roster
         if member not in roster.members or (member, key_id) in roster.revoked_keys:
             return False
-        key = roster.keys.get(key_id)
+        key = roster.keys.get((member, key_id))
         return key is None or not key.expires_ms or self._clock_ms() <= key.expires_ms
 
     def models(self) -> Sequence[ModelCard]:

@@ -75,7 +75,7 @@ class _Draft:
     members: dict[bytes, Member] = field(default_factory=dict)
     nodes: dict[bytes, Node] = field(default_factory=dict)
     invites: dict[bytes, InviteRecord] = field(default_factory=dict)
-    keys: dict[bytes, KeyRecord] = field(default_factory=dict)
+    keys: dict[tuple[bytes, bytes], KeyRecord] = field(default_factory=dict)
     revoked_keys: set[tuple[bytes, bytes]] = field(default_factory=set)
     models: dict[str, Model] = field(default_factory=dict)
     policies: list[Policy] = field(default_factory=list)
@@ -183,7 +183,7 @@ class _Draft:
             members=members,
             nodes=nodes,
             invites={id: self._closed(invite) for id, invite in self.invites.items()},
-            keys={id: key for id, key in self.keys.items() if key.member in members},
+            keys={place: key for place, key in self.keys.items() if key.member in members},
             revoked_keys=frozenset(self.revoked_keys),
             models=self.models,
             policies=tuple(self.policies),
@@ -260,9 +260,11 @@ class _Draft:
             self.members[body.member] = replace(member, role=body.role)
 
     def _issue_key(self, event: Event, author: Member, body: KeyIssued | LimitedKeyIssued) -> None:
-        if body.key_id in self.keys:
+        # An id says nothing about whose it is: anybody may name another member's, with any number.
+        place = (author.id, body.key_id)
+        if place in self.keys:
             return
-        revoked = (author.id, body.key_id) in self.revoked_keys
+        revoked = place in self.revoked_keys
         key = KeyRecord(body.key_id, author.id, body.name, event.time_ms, body.expires_ms, revoked)
         if isinstance(body, LimitedKeyIssued):
             key = replace(
@@ -272,15 +274,16 @@ class _Draft:
                 max_num_requests_per_minute=body.max_num_requests_per_minute,
                 max_num_tokens_per_minute=body.max_num_tokens_per_minute,
             )
-        self.keys[body.key_id] = key
+        self.keys[place] = key
 
     def _revoke_key(self, author: Member, body: KeyRevoked) -> None:
         if author.id != body.member and not self._outranks(author, body.member):
             return
-        self.revoked_keys.add((body.member, body.key_id))
-        key = self.keys.get(body.key_id)
-        if key is not None and key.member == body.member:
-            self.keys[body.key_id] = replace(key, revoked=True)
+        place = (body.member, body.key_id)
+        self.revoked_keys.add(place)
+        key = self.keys.get(place)
+        if key is not None:
+            self.keys[place] = replace(key, revoked=True)
 
     def _deploy(self, author: Member, body: ModelDeployed) -> None:
         if author.role <= Role.ADMIN:

@@ -20,6 +20,8 @@ from pod.roster.events import (
     Event,
     EventError,
     InviteRevoked,
+    KeyIssued,
+    LimitedKeyIssued,
     MemberRemoved,
     PodCreated,
     Role,
@@ -47,6 +49,8 @@ class Quota:
 
 QUOTA = Quota(256, 1 << 20)
 ADMIN_QUOTA = Quota(4096, 64 << 20)
+# More than a `KeyRevoked` takes.
+MAX_REVOCATION_BYTES = 256
 
 
 class RosterLog:
@@ -103,7 +107,11 @@ class RosterLog:
         return hashlib.sha256(b"".join(sorted(self._events))).digest()
 
     def add(self, event: Event) -> bool:
-        """Whether it was new; it is on disk then. Raises EventError when it cannot belong here."""
+        """What this node says itself. Whether it was new; it is on disk then.
+
+        Raises EventError when it cannot belong here, and for a key whose revocation would find no room.
+        """
+        self._check_room_to_revoke(event)
         return bool(self.add_all([event]))
 
     def add_all(self, events: Iterable[Event]) -> list[Event]:
@@ -183,6 +191,19 @@ class RosterLog:
         num_bytes = self._num_bytes[event.author] + len(event.raw)
         if self._num_events[event.author] >= quota.max_num_events or num_bytes > quota.max_num_bytes:
             raise EventError(f"{event.author.hex()[:8]} has used up its share of the roster")
+
+    def _check_room_to_revoke(self, event: Event) -> None:
+        """Not for what others said: logs that refused it in different orders would not end equal."""
+        quota = self._quota_of(event)
+        is_key = isinstance(event.body, KeyIssued | LimitedKeyIssued)
+        if not is_key or quota is None or event.author == self._owner or event.hash in self._events:
+            return
+        keys = self.roster.keys.values()
+        num_keys = 1 + sum(key.member == event.author and not key.revoked for key in keys)
+        num_events = self._num_events[event.author] + 1 + num_keys
+        num_bytes = self._num_bytes[event.author] + len(event.raw) + num_keys * MAX_REVOCATION_BYTES
+        if num_events > quota.max_num_events or num_bytes > quota.max_num_bytes:
+            raise EventError("the roster has no room for another key of this member and its revocation")
 
     def _take(self, event: Event) -> None:
         self._events[event.hash] = event

@@ -96,6 +96,7 @@ class Roster:
     """`removed` holds member and node ids that never come back under the same key.
 
     `former_members` and `former_nodes` say who those were: what they signed stays in the pod's books.
+    `keys` are by (member, key id): two members may name one id, and each has a key of its own then.
     `policies` are those that count, the newest last; `published_policies` also those that were cut since.
     `authority_der`: the certificate that those of the gateways are under.
     """
@@ -105,7 +106,7 @@ class Roster:
     members: Mapping[bytes, Member]
     nodes: Mapping[bytes, Node]
     invites: Mapping[bytes, InviteRecord]
-    keys: Mapping[bytes, KeyRecord]
+    keys: Mapping[tuple[bytes, bytes], KeyRecord]
     revoked_keys: frozenset[tuple[bytes, bytes]]
     models: Mapping[str, Model]
     policies: tuple[Policy, ...]

@@ -21,6 +21,7 @@ from pod.roster.events import (
     InviteRevoked,
     KeyIssued,
     KeyRevoked,
+    LimitedKeyIssued,
     MemberJoined,
     MemberRemoved,
     ModelDeployed,
@@ -244,15 +245,35 @@ def test_keys_models_and_policy_follow_who_may_say_so() -> None:
     story.say("mark", PolicySet(b"no"))
     story.say("adam", PolicySet(b"yes"))
     roster = roster_of(story.pod, story.said)
-    assert not roster.keys[key_id].revoked
+    assert not roster.keys[key_of("mark").public, key_id].revoked
     assert set(roster.models) == {"small"}
     assert roster.policy == b"yes"
     story.say("adam", KeyRevoked(key_of("mark").public, key_id))
     story.say("adam", ModelRemoved("small"))
     roster = roster_of(story.pod, story.said)
-    assert roster.keys[key_id].revoked
+    assert roster.keys[key_of("mark").public, key_id].revoked
     assert (key_of("mark").public, key_id) in roster.revoked_keys
     assert not roster.models
+
+
+@pytest.mark.parametrize(
+    "theft", [KeyIssued(bytes(16), "mine", 1), LimitedKeyIssued(bytes(16), "mine", 1, 1, (), 0, 0)]
+)
+def test_an_earlier_key_of_the_same_id_hides_no_other_members_key(
+    theft: KeyIssued | LimitedKeyIssued,
+) -> None:
+    story = everyone()
+    mark, mira, key_id = key_of("mark").public, key_of("mira").public, bytes(16)
+    story.say("mark", KeyIssued(key_id, "laptop", 0))
+    before = roster_of(story.pod, story.said).keys[mark, key_id]
+    story.say("mira", theft, lamport=len(story.said) - 2)
+    story.say("mira", KeyRevoked(mira, key_id))
+    roster = roster_of(story.pod, story.said)
+    assert roster.keys[mark, key_id] == before
+    assert roster.keys[mira, key_id].revoked
+    assert roster.revoked_keys == {(mira, key_id)}
+    story.say("mark", KeyRevoked(mark, key_id))
+    assert roster_of(story.pod, story.said).keys[mark, key_id] == replace(before, revoked=True)
 
 
 def test_without_the_event_that_created_the_pod_there_is_no_roster() -> None:

@@ -10,7 +10,15 @@ import pytest
 
 from pod.roster.apply import RosterError
 from pod.roster.cuts import kept_of_member
-from pod.roster.events import EventError, KeyIssued, KeyRevoked, MemberRemoved, PolicySet, Role
+from pod.roster.events import (
+    EventError,
+    KeyIssued,
+    KeyRevoked,
+    LimitedKeyIssued,
+    MemberRemoved,
+    PolicySet,
+    Role,
+)
 from pod.roster.log import MAX_LAMPORT_JUMP, MAX_NUM_WAITING, MAX_WAITING_BYTES, QUOTA, RosterLog
 from tests.pod.people import Story, key_of
 
@@ -102,7 +110,7 @@ def test_what_arrives_before_its_author_joins_counts_afterwards() -> None:
     for event in story.said[:0:-1]:
         log.add(event)
     assert set(log.events()) == set(story.said)
-    assert bytes(16) in log.roster.keys
+    assert (key_of("mark").public, bytes(16)) in log.roster.keys
 
 
 def test_a_member_that_says_too_much_is_refused_and_can_still_be_removed() -> None:
@@ -119,6 +127,25 @@ def test_a_member_that_says_too_much_is_refused_and_can_still_be_removed() -> No
     log.add(story.say("olga", MemberRemoved(key_of("mark").public, kept)))
     assert len(log.roster.members) == 1
     assert log.add_possible([events[-1]])[0] == []
+
+
+@pytest.mark.parametrize("models", [(), tuple(str(n) + 255 * "\N{GRINNING FACE}" for n in range(8))])
+def test_whatever_keys_a_member_may_make_it_can_revoke_them_all(models: tuple[str, ...]) -> None:
+    story, log = Story(), RosterLog(None)
+    story.member("mark")
+    log.add_all(story.said)
+
+    def make_keys() -> None:
+        for n in range(QUOTA.max_num_events):
+            log.add(story.say("mark", LimitedKeyIssued(n.to_bytes(16, "big"), "laptop", 0, 1, models, 0, 0)))
+
+    with pytest.raises(EventError, match="no room for another key"):
+        make_keys()
+    keys = log.roster.keys.values()
+    assert len(keys) > QUOTA.max_num_events // 4
+    for key in keys:
+        assert log.add(story.say("mark", KeyRevoked(key.member, key.id)))
+    assert all(key.revoked for key in log.roster.keys.values())
 
 
 def test_a_members_quota_counts_bytes_too() -> None:
