@@ -16,22 +16,43 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from ledger.journal import JournalError
 
 _BUSY_TIMEOUT_MS = 5_000
-_CONNECT_TIMEOUT_S = 5
+# A host that hangs is given up after these. The driver makes no shorter attempt than this one.
+_CONNECT_TIMEOUT_S = 2
+_SILENCE_MS = 2_500
 # No query of ours takes long; without these a server that hangs would hang the node.
 _POSTGRESQL_OPTIONS = f"-c lock_timeout={_BUSY_TIMEOUT_MS} -c statement_timeout=120000"
 
 
 def connect(url: str) -> sa.Engine:
-    """Nothing is opened yet. Raises SQLAlchemy's errors for an URL that cannot be."""
-    address = sa.make_url(url)
+    """Nothing is opened yet. Raises JournalError or SQLAlchemy's errors for an URL that cannot be."""
+    address = _address(url)
     if address.get_backend_name() == "sqlite":
         engine = sa.create_engine(address)
         sa.event.listen(engine, "connect", _configure_sqlite)
         return engine
-    given = {"connect_timeout": _CONNECT_TIMEOUT_S, "options": _POSTGRESQL_OPTIONS}
+    given: dict[str, int | str] = {
+        "connect_timeout": _CONNECT_TIMEOUT_S,
+        "tcp_user_timeout": _SILENCE_MS,
+        "keepalives_idle": 1,
+        "keepalives_interval": 1,
+        "keepalives_count": 2,
+        "options": _POSTGRESQL_OPTIONS,
+    }
     arguments = {name: value for name, value in given.items() if name not in address.query}
     # A server that was restarted is found again without a failed request.
     return sa.create_engine(address, connect_args=arguments, pool_pre_ping=True)
+
+
+def _address(url: str) -> sa.URL:
+    """What cannot be read may hold a password, and so may what is read wrongly: no error repeats it."""
+    try:
+        address = sa.make_url(url)
+    except (sa.exc.ArgumentError, ValueError):
+        raise JournalError("the ledger's database: this is no database URL") from None
+    # An @ in a password would make the rest of it a host, whose name errors do tell.
+    if address.get_backend_name() != "sqlite" and url.count("@") > 1:
+        raise JournalError("the ledger's database: this is no database URL (an @ in a password is %40)")
+    return address
 
 
 def _configure_sqlite(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:

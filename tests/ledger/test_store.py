@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,21 @@ def test_a_database_that_cannot_be_reached_is_one_clear_line(url: str) -> None:
     with pytest.raises(JournalError, match="the ledger's database: ") as caught:
         SqlJournal(url, POD)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "pod:se@cret@host/ledger",
+        "pod:se@cret/word@host/ledger",
+        "pod:hush@host:cret/ledger",
+        "pod:se@cret:x@h/l",
+    ],
+)
+def test_a_url_that_cannot_be_read_is_not_shown(address: str) -> None:
+    with pytest.raises(JournalError, match="this is no database URL") as caught:
+        SqlJournal(f"postgresql+psycopg://{address}", POD)
+    assert "cret" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_every_commit_reaches_the_disk(tmp_path: Path) -> None:
