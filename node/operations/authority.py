@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from node.errors import UserError
 from node.office import Office, wall_clock_ms
 from node.operations.arguments import Arguments, Result, TellProgress
 from node.tls.authority import Authority
-from node.tls.certificates import fingerprint, not_after_ms
+from node.tls.certificates import CertificateError, fingerprint, not_after_ms, read_chain
 
 
 async def ca(office: Office, arguments: Arguments, _tell: TellProgress) -> Result:
@@ -22,8 +21,8 @@ async def ca(office: Office, arguments: Arguments, _tell: TellProgress) -> Resul
     if der is None:
         raise UserError("the pod has no authority yet: its owner's node makes it when it runs")
     try:
-        certificate = x509.load_der_x509_certificate(der)
-    except ValueError:
+        (certificate,) = read_chain([der])
+    except CertificateError:
         raise UserError("the pod's authority cannot be read; its owner may say `pod ca --renew`") from None
     return {
         "pem": certificate.public_bytes(Encoding.PEM).decode(),

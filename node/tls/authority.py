@@ -20,6 +20,7 @@ from node.tls.certificates import (
     CertificateError,
     CertifiedKey,
     check_chain,
+    covers,
     make_authority,
     new_key,
     read_chain,
@@ -100,7 +101,7 @@ class Authority:
         if self._own_key() is not None or (held is not None and not held.is_past_half(self._clock_ms())):
             return
         key = new_key()
-        chain = await self._ask(ISSUER_KIND, key, request_of(key), self._nodes_of(Role.OWNER))
+        chain = await self._ask(ISSUER_KIND, key, (), self._nodes_of(Role.OWNER))
         if chain is not None:
             self._issuer = CertifiedKey(key, chain)
             self._issuer.save(self._issuer_file)
@@ -112,7 +113,11 @@ class Authority:
         if signer is None:
             return None
         key = new_key()
-        return CertifiedKey(key, read_chain(self._sign(signer, request_of(key, names))))
+        try:
+            return CertifiedKey(key, read_chain(self._sign(signer, request_of(key, names))))
+        except CertificateError as error:
+            log.warning("this node cannot sign a certificate for itself: %s", error)
+            return None
 
     async def certify(self, names: Sequence[str]) -> CertifiedKey | None:
         """The same with the help of others; None when nobody who signs is there."""
@@ -121,7 +126,7 @@ class Authority:
             return made
         key = new_key()
         nodes = self._nodes_of(Role.OWNER) + self._nodes_of(Role.ADMIN)
-        chain = await self._ask(CERTIFICATE_KIND, key, request_of(key, names), nodes)
+        chain = await self._ask(CERTIFICATE_KIND, key, names, nodes)
         return CertifiedKey(key, chain) if chain is not None else None
 
     def _own_key(self) -> CertifiedKey | None:
@@ -159,18 +164,21 @@ class Authority:
         return sorted(node for node in found if roster.members[roster.nodes[node].member].role is role)
 
     async def _ask(
-        self, kind: str, key: ec.EllipticCurvePrivateKey, csr: bytes, nodes: Sequence[bytes]
+        self, kind: str, key: ec.EllipticCurvePrivateKey, names: Sequence[str], nodes: Sequence[bytes]
     ) -> tuple[x509.Certificate, ...] | None:
-        """The first chain for `key` under the authority, asking one node after the other."""
+        """The first chain for `key` and `names` under the authority, asking one node after the other."""
         authority_der = self.certificate_der
         if authority_der is None:
             return None
+        csr = request_of(key, names)
         for node in nodes[:MAX_NUM_ASKED]:
             try:
                 answer = await self._membership.request(node, kind, csr, ASK_TIMEOUT_S)
                 chain = _read_answer(answer)
                 if chain[0].public_key() != key.public_key():
                     raise CertificateError("it is for another key")
+                if not covers(chain[0], names):
+                    raise CertificateError("it is not for the names that were asked for")
                 check_chain(chain, authority_der, self._clock_ms())
             except (ControlError, CertificateError, DecodeError) as error:
                 log.info("no certificate from %s: %s", node.hex()[:8], error)
@@ -203,8 +211,13 @@ class Authority:
         return encode([made.public_bytes(Encoding.DER)])
 
     def _sign(self, signer: CertifiedKey, csr: bytes) -> list[bytes]:
-        """The chain (DER) from the new certificate up to, and without, the authority."""
-        made = sign_server(signer, csr, self._membership.roster.name, self._clock_ms())
+        """The chain (DER) from the new certificate up to, and without, the authority. CertificateError."""
+        try:
+            made = sign_server(signer, csr, self._membership.roster.name, self._clock_ms())
+        except CertificateError:
+            raise
+        except Exception as error:  # what this node signs with was signed by another
+            raise CertificateError(f"it cannot be signed here ({type(error).__name__})") from None
         above = signer.chain if signer is not self._own else ()
         return [one.public_bytes(Encoding.DER) for one in (made, *above)]
 

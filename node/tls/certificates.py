@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -81,7 +80,8 @@ class CertifiedKey:
             pem = path.read_bytes()
             key = load_pem_private_key(pem, password=None)
             chain = tuple(x509.load_pem_x509_certificates(pem))
-        except (OSError, ValueError, TypeError):
+            _read_all(chain)
+        except Exception:  # the library raises several kinds for what others have signed
             return None
         if not isinstance(key, ec.EllipticCurvePrivateKey) or chain[0].public_key() != key.public_key():
             return None
@@ -171,19 +171,21 @@ def read_chain(ders: Sequence[bytes]) -> tuple[x509.Certificate, ...]:
     if not 1 <= len(ders) <= MAX_NUM_CHAIN or any(len(der) > MAX_CERTIFICATE_BYTES for der in ders):
         raise CertificateError("not a chain of certificates")
     try:
-        return tuple(x509.load_der_x509_certificate(der) for der in ders)
-    except ValueError:
-        raise CertificateError("not a certificate") from None
+        chain = tuple(x509.load_der_x509_certificate(der) for der in ders)
+        _read_all(chain)
+    except Exception as error:  # the library raises several kinds for hostile bytes
+        raise CertificateError(f"not a certificate ({type(error).__name__})") from None
+    return chain
 
 
 def check_chain(chain: Sequence[x509.Certificate], authority_der: bytes, now_ms: int) -> None:
     """Raises CertificateError unless each is signed by the next, the last by the authority, and good now."""
-    authority = x509.load_der_x509_certificate(authority_der)
-    for one, signer in zip(chain, [*chain[1:], authority], strict=True):
-        try:
+    try:
+        authority = x509.load_der_x509_certificate(authority_der)
+        for one, signer in zip(chain, [*chain[1:], authority], strict=True):
             one.verify_directly_issued_by(signer)
-        except (InvalidSignature, ValueError, TypeError):
-            raise CertificateError("it is not under the pod's authority") from None
+    except Exception:  # the library raises several kinds for keys and algorithms it does not know
+        raise CertificateError("it is not under the pod's authority") from None
     check_dates(chain, now_ms)
 
 
@@ -216,6 +218,17 @@ def fingerprint(certificate: x509.Certificate) -> str:
 def fingerprint_of_der(der: bytes) -> str:
     """SHA-256 as browsers show it: pairs of hex digits with colons."""
     return hashlib.sha256(der).digest().hex(":").upper()
+
+
+def _read_all(chain: Sequence[x509.Certificate]) -> None:
+    """The library reads a certificate bit by bit. What is asked of it later is read here, so that one with a
+    damaged part raises (any exception) where nothing else is.
+    """
+    for one in chain:
+        one.public_key()
+        is_self_signed([one])
+        check_dates([one], not_after_ms(one))
+        names_of(one)
 
 
 def _read_request(csr: bytes) -> x509.CertificateSigningRequest:

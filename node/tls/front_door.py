@@ -17,6 +17,7 @@ from node.errors import UserError
 from node.gateway.serve import bind
 from node.settings import NodeSettings, split_address
 from node.tls.authority import Authority
+from node.tls.certificates import CertificateError
 from node.tls.given_certificate import GivenCertificate
 from node.tls.names import address_of, wanted_names
 from node.tls.pod_certificate import PodCertificate
@@ -102,8 +103,10 @@ class FrontDoor:
                 await self._authority.refresh_issuer()
                 if self.certificate is not None:
                     await self.certificate.refresh()
-            except (OSError, UserError) as error:
+            except (OSError, UserError, CertificateError) as error:
                 log.warning("the HTTPS certificate cannot be renewed: %s", error)
+            except Exception:  # what others have signed must not stop this node
+                log.exception("the HTTPS certificate cannot be renewed")
             is_wanting = self.certificate is not None and self.certificate.is_wanting
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._due.wait(), ASK_AGAIN_S if is_wanting else CHECK_EVERY_S)

@@ -71,13 +71,13 @@ class PodCertificate:
     def start(self) -> None:
         names, _ = split_names(self._names())
         held = CertifiedKey.load(self._file)
-        if held is not None and self._is_pods(held) and covers(held.certificate, names):
-            self._put(held)
+        if held is not None and self._is_pods(held) and covers(held.certificate, names) and self._put(held):
             return
         made = self._authority.certify_here(names)
         if made is None and held is not None and self._is_usable(held, names):
             made = held
-        self._put(made or self_signed(names, self._pod_name, self._clock_ms()))
+        if made is None or not self._put(made):
+            self._put(self_signed(names, self._pod_name, self._clock_ms()))
 
     async def refresh(self) -> None:
         names, _ = split_names(self._names())
@@ -90,17 +90,29 @@ class PodCertificate:
         ):
             return
         made = await self._authority.certify(names)
-        if made is not None:
-            self._put(made)
-        elif held is None or not self._is_usable(held, names):
+        if made is not None and self._put(made):
+            return
+        if held is None or not self._is_usable(held, names):
             self._put(self_signed(names, self._pod_name, self._clock_ms()))
 
-    def _put(self, held: CertifiedKey) -> None:
-        if held is not self._held:
-            held.save(self._file)
-            self._context.load_cert_chain(self._file)
-            self._held = held
-            log.info("HTTPS with a certificate good until %s", _date(held.certificate))
+    def _put(self, held: CertifiedKey) -> bool:
+        """Into the context and the file. False for what OpenSSL does not take."""
+        if held is self._held:
+            return True
+        candidate = self._file.with_name(f"{self._file.stem}.candidate.pem")
+        held.save(candidate)
+        try:
+            server_context().load_cert_chain(candidate)
+            self._context.load_cert_chain(candidate)
+            candidate.replace(self._file)
+        except ssl.SSLError as error:
+            log.warning("a certificate for HTTPS is of no use: %s", error)
+            return False
+        finally:
+            candidate.unlink(missing_ok=True)
+        self._held = held
+        log.info("HTTPS with a certificate good until %s", _date(held.certificate))
+        return True
 
     def _is_pods(self, held: CertifiedKey) -> bool:
         authority_der = self._authority.certificate_der

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from node.errors import UserError
+from node.tls import certificates
 from node.tls.authority import CERTIFICATE_KIND, ISSUER_KIND, Authority
 from node.tls.certificates import DAY_MS, SERVER_DAYS, CertifiedKey, check_chain, new_key, request_of
 from node.tls.pod_certificate import PodCertificate
 from node.tls.shown import Source
+from pod.canonical import encode
 from pod.control import ControlError
 from pod.membership import Membership
 from pod.memory_control import MemoryNetwork
@@ -244,5 +248,50 @@ def test_the_owners_lost_key_is_said(tmp_path: Path, caplog: pytest.LogCaptureFi
         olga.certificate.start()
         assert olga.source is Source.SELF_SIGNED
         await asyncio.sleep(0)
+
+    play_in_memory(tmp_path, scenario)
+
+
+def test_a_garbage_authority_leaves_every_node_with_its_own(tmp_path: Path) -> None:
+    async def scenario(machines: Machines) -> None:
+        olga = await create(machines, "olga")
+        mark = await join(machines, olga, "mark")
+        for person in (olga, mark):
+            person.certificate.start()
+            await person.certificate.refresh()
+            assert person.source is Source.POD
+        olga.membership.issue(AuthoritySet(b"mine"))
+        await until(lambda: mark.authority.certificate_der == b"mine")
+        for name, person in (("olga", olga), ("mark", mark)):
+            await person.authority.refresh_issuer()
+            await person.certificate.refresh()
+            assert person.source is Source.SELF_SIGNED
+            file = machines.home(name) / "keys" / "https.pem"
+            again = PodCertificate(person.authority, file, "alpha", lambda: NAMES, machines.clock(name))
+            again.start()
+            assert again.is_wanting
+
+    play_in_memory(tmp_path, scenario)
+
+
+def test_an_answer_for_other_names_is_not_taken(tmp_path: Path) -> None:
+    async def scenario(machines: Machines) -> None:
+        olga = await create(machines, "olga")
+        mark = await join(machines, olga, "mark")
+        own = olga.authority.signer()
+        assert own is not None
+
+        async def other_names(_peer: bytes, csr: bytes) -> bytes:
+            public = certificates._public_key(certificates._read_request(csr))
+            now_ms = machines.clock("olga")()
+            subject, signer = own.certificate.subject, own.key.public_key()
+            builder = certificates._server_builder(
+                "alpha", ["elsewhere"], subject, public, signer, now_ms, now_ms + DAY_MS
+            )
+            return encode([builder.sign(own.key, hashes.SHA256()).public_bytes(Encoding.DER)])
+
+        olga.membership._transport._desk._handlers[CERTIFICATE_KIND] = other_names
+        assert await mark.authority.certify(NAMES) is None
+        assert await mark.authority.certify(["elsewhere"]) is not None
 
     play_in_memory(tmp_path, scenario)

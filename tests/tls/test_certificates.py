@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import socket
 import ssl
 import stat
@@ -29,6 +30,7 @@ from node.tls.certificates import (
     covers,
     make_authority,
     new_key,
+    read_chain,
     request_of,
     self_signed,
     sign_issuer,
@@ -213,3 +215,43 @@ def test_kept_in_one_file_for_its_owner_only(issuer: CertifiedKey, tmp_path: Pat
         file.write_bytes(damaged)
         assert CertifiedKey.load(file) is None
     assert CertifiedKey.load(tmp_path / "nothing") is None
+
+
+def odd_certificate(authority: CertifiedKey, name: x509.GeneralName) -> CertifiedKey:
+    key = new_key()
+    now = datetime.datetime.now(datetime.UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([]))
+        .issuer_name(authority.certificate.subject)
+        .public_key(key.public_key())
+        .serial_number(7)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([name]), critical=False)
+    )
+    return CertifiedKey(key, (builder.sign(authority.key, hashes.SHA256()),))
+
+
+def with_unknown_curve(certificate: x509.Certificate) -> bytes:
+    p256, prime239 = bytes.fromhex("2a8648ce3d030107"), bytes.fromhex("2a8648ce3d030106")
+    return certificate.public_bytes(Encoding.DER).replace(p256, prime239)
+
+
+def test_what_cannot_be_read_is_no_certificate(authority: CertifiedKey, tmp_path: Path) -> None:
+    odd = odd_certificate(authority, x509.UniformResourceIdentifier("https://gw1"))
+    for der in (
+        odd.certificate.public_bytes(Encoding.DER),
+        with_unknown_curve(server(authority).certificate),
+        b"mine",
+    ):
+        with pytest.raises(CertificateError, match="not a certificate"):
+            read_chain([der])
+    odd.save(tmp_path / "https.pem")
+    assert CertifiedKey.load(tmp_path / "https.pem") is None
+
+
+def test_under_an_authority_that_cannot_be_read_is_nothing(authority: CertifiedKey) -> None:
+    for der in (b"mine", with_unknown_curve(authority.certificate)):
+        with pytest.raises(CertificateError, match="not under"):
+            check_chain(server(authority).chain, der, NOW_MS)
