@@ -16,6 +16,8 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     """Takes the place of `path` when the block ends well. Raises UserError when it cannot be written."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
+        # Of a process that was killed: in a container the next has the same id.
+        temporary.unlink(missing_ok=True)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
