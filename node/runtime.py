@@ -57,7 +57,7 @@ from node.tls.front_door import FrontDoor
 from node.tls.given_certificate import GivenCertificate
 from pod.address import AddressError, dialable, host_port_of, multiaddr_of
 from pod.control import ControlError
-from pod.roster.events import Role
+from pod.roster.events import EventError, Role
 from pod.roster.roster import Roster
 
 log = logging.getLogger(__name__)
@@ -187,9 +187,7 @@ class NodeRuntime:
             self._wire()
             if not await self._may_go_on():
                 return
-            num_voided = await self._head.recover()
-            if num_voided:
-                log.info("%d holds of an earlier run were voided", num_voided)
+            await self._recover()
             stack.push_async_callback(self._stop_engine)
             stack.push_async_callback(self._end_tasks)
             stack.push_async_callback(self._head.close, SHUTDOWN_GRACE_S)
@@ -240,6 +238,14 @@ class NodeRuntime:
             raise UserError(str(error)) from None
         return True
 
+    async def _recover(self) -> None:
+        try:
+            num_voided = await self._head.recover()
+        except (LedgerError, JournalError) as error:
+            raise UserError(f"the holds of an earlier run cannot be voided: {error}") from None
+        if num_voided:
+            log.info("%d holds of an earlier run were voided", num_voided)
+
     # Parts.
 
     def _backend(self) -> NodeBackend:
@@ -270,7 +276,10 @@ class NodeRuntime:
 
     def _open_door(self, listener: socket.socket) -> FrontDoor:
         """The owner's node makes the pod's authority first, if there is none."""
-        self._authority.ensure()
+        try:
+            self._authority.ensure()
+        except (OSError, EventError) as error:
+            raise UserError(f"the pod's authority for HTTPS cannot be made: {error}") from None
         try:
             self._door = FrontDoor(
                 self._settings,
