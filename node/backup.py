@@ -42,7 +42,9 @@ def back_up(home: PodHome, target: Path, passphrase: str) -> dict[str, object]:
         # The journal last: whoever wrote in it is in the roster that was read before, or joined since.
         for path in home.identity_files():
             name = path.relative_to(home.path).as_posix()
-            yield Kind.FILE, name.encode() + b"\0" + path.read_bytes()
+            # What editors and file managers leave in keys/ is nothing of ours, and no restore would take it.
+            if _NAME.fullmatch(name):
+                yield Kind.FILE, name.encode() + b"\0" + path.read_bytes()
         for record in journal.iterate():
             num_entries += 1
             yield Kind.ENTRY, record.raw
@@ -54,11 +56,10 @@ def back_up(home: PodHome, target: Path, passphrase: str) -> dict[str, object]:
 
 def restore(home: PodHome, source: Path, passphrase: str, database: str | None) -> dict[str, object]:
     """Into a state directory that is in no pod. Raises UserError; then nothing has changed."""
-    if home.has_pod():
-        raise UserError(f"{home.path} is in a pod already; `pod leave` first or set another POD_HOME")
+    home.check_has_no_pod()
     if database is not None:
         check_database_url(database)
-    home.acquire()
+    home.acquire_for_new_pod()
     staging = home.path / "restoring"
     try:
         shutil.rmtree(staging, ignore_errors=True)

@@ -108,6 +108,13 @@ class PodHome:
         """True when this directory already belongs to a pod (one directory, one pod)."""
         return self.roster_file.exists()
 
+    def check_has_no_pod(self) -> None:
+        """Raises UserError."""
+        if self.has_pod():
+            raise UserError(
+                f"{self.path} is in a pod already; `pod leave` first or set another {HOME_VARIABLE}"
+            )
+
     def prepare(self) -> None:
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -200,6 +207,16 @@ class PodHome:
             raise UserError(
                 f"{self.path} is in use by a running node; stop it first or set another {HOME_VARIABLE}"
             )
+
+    def acquire_for_new_pod(self) -> None:
+        """The same where no pod is. Looked at under the lock too: another command may have been faster."""
+        self.check_has_no_pod()
+        self.acquire()
+        try:
+            self.check_has_no_pod()
+        except UserError:
+            self.release()
+            raise
 
     def try_acquire(self, timeout_s: float = 0) -> bool:
         try:

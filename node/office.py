@@ -142,9 +142,7 @@ def create_pod(
     check_name(pod_name, "the pod's name")
     check_name(member_name, "--member")
     check_name(node_name, "--node-name")
-    if home.has_pod():
-        raise UserError(f"{home.path} is in a pod already; `pod leave` first or set another POD_HOME")
-    home.acquire()
+    home.acquire_for_new_pod()
     try:
         if database is not None:
             check_database_url(database)

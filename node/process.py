@@ -35,12 +35,11 @@ def join_pod(
     """Redeem an invite. Raises UserError with the reason; then nothing has changed, nor is it used."""
     check_name(member_name, "--member")
     check_name(node_name, "--node-name")
-    if home.has_pod():
-        raise UserError(f"{home.path} is in a pod already; `pod leave` first or set another POD_HOME")
+    home.check_has_no_pod()
     check_can_start(settings)
     if settings.database is not None:
         check_database_url(settings.database)
-    home.acquire()
+    home.acquire_for_new_pod()
     try:
         membership = asyncio.run(Membership.join(home.path, invite, member_name, node_name, wall_clock_ms))
     except (InviteError, JoinError, MembershipError, IdentityError) as error:

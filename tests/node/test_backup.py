@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from node.beside import reading
 from node.errors import UserError
 from node.home import PodHome
 from node.office import create_pod, open_ledger, open_membership
+from node.private_file import written_whole
+from node.process import join_pod
+from node.settings import NodeSettings
 from tests.ledger.conftest import postgresql as postgresql
 from tests.ledger.postgresql import Cluster
 
@@ -194,3 +198,53 @@ def test_the_commands(home: PodHome, tmp_path: Path) -> None:
     again = pod(tmp_path / "second", "restore", str(tmp_path / "pod.backup"))
     assert again.returncode == 1
     assert "is in a pod already" in again.stderr
+
+
+def test_files_of_others_among_the_keys_are_left_out(home: PodHome, tmp_path: Path) -> None:
+    for name in (".DS_Store", "node.pem~"):
+        (home.keys_dir / name).write_bytes(b"not ours")
+    back_up(home, tmp_path / "pod.backup", PASSPHRASE)
+    second = PodHome(tmp_path / "second")
+    restore(second, tmp_path / "pod.backup", PASSPHRASE, None)
+    kept = {path.name for path in second.keys_dir.iterdir()}
+    assert kept == {path.name for path in home.keys_dir.iterdir()} - {".DS_Store", "node.pem~"}
+
+
+def test_what_a_killed_process_of_the_same_id_left_is_no_hindrance(tmp_path: Path) -> None:
+    """In a container every node has the same process id."""
+    (tmp_path / f"https.pem.{os.getpid()}.new").write_bytes(b"half a file")
+    with written_whole(tmp_path / "https.pem") as file:
+        file.write(b"whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["https.pem"]
+    assert (tmp_path / "https.pem").read_bytes() == b"whole"
+
+
+SETTINGS = NodeSettings("127.0.0.1:0", "127.0.0.1:0", "127.0.0.1:0", serve=False)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        lambda home, backup: create_pod(home, "second", "mia", "box"),
+        lambda home, backup: restore(home, backup, PASSPHRASE, None),
+        lambda home, backup: join_pod(home, "pod:nothing", "mia", "box", SETTINGS),
+    ],
+)
+def test_who_comes_second_leaves_the_pod_of_the_first(
+    home: PodHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[[PodHome, Path], object]
+) -> None:
+    back_up(home, tmp_path / "pod.backup", PASSPHRASE)
+    shared = tmp_path / "shared"
+    acquire = PodHome.acquire
+
+    def late(self: PodHome) -> None:
+        """Another command was faster."""
+        monkeypatch.setattr(PodHome, "acquire", acquire)
+        create_pod(PodHome(shared), "first", "mia", "box")
+        acquire(self)
+
+    monkeypatch.setattr(PodHome, "acquire", late)
+    with pytest.raises(UserError, match="is in a pod already"):
+        command(PodHome(shared), tmp_path / "pod.backup")
+    assert open_membership(PodHome(shared)).roster.name == "first"
+    PodHome(shared).acquire()
