@@ -58,7 +58,7 @@ class LiveViewResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         changed = self._views.open()
         try:
-            await while_connected(receive, self._stream(changed, EventWriter(send, {})))
+            await while_connected(receive, self._stream(changed, EventWriter(send, dict)))
         finally:
             self._views.close(changed)
 

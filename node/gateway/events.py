@@ -31,29 +31,34 @@ def is_open_of(scope: Scope) -> Callable[[], bool]:
 
 
 class EventWriter:
-    """Server-sent events on one response; the headers leave with the first write. Several may write."""
+    """Server-sent events on one response; its headers are asked for at the first write. Several may write."""
 
     def __init__(
-        self, send: Send, headers: Mapping[str, str], is_open: Callable[[], bool] = lambda: True
+        self,
+        send: Send,
+        headers: Callable[[], Mapping[str, str]],
+        is_open: Callable[[], bool] = lambda: True,
     ) -> None:
         self._send = send
         self._is_open = is_open
-        self._headers = dict(headers)
+        self._headers = headers
         self.started = False
         self._turn = asyncio.Lock()
         self._last_write_s = 0.0
 
     @asynccontextmanager
-    async def kept_alive(self, idle_s: float) -> AsyncIterator[None]:
-        """A comment after each `idle_s` of silence while the block runs."""
-        breaking = asyncio.create_task(self._break_silence(idle_s))
+    async def kept_alive(self, idle_s: float, begun: asyncio.Event | None = None) -> AsyncIterator[None]:
+        """A comment after each `idle_s` of silence while the block runs, from `begun` on."""
+        breaking = asyncio.create_task(self._break_silence(idle_s, begun))
         try:
             yield
         finally:
             breaking.cancel()
             await asyncio.gather(breaking, return_exceptions=True)
 
-    async def _break_silence(self, idle_s: float) -> None:
+    async def _break_silence(self, idle_s: float, begun: asyncio.Event | None) -> None:
+        if begun is not None:
+            await begun.wait()
         loop = asyncio.get_running_loop()
         self._last_write_s = self._last_write_s or loop.time()
         while True:
@@ -90,7 +95,7 @@ class EventWriter:
 
     def _raw_headers(self) -> list[tuple[bytes, bytes]]:
         fixed = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        response = Response(headers=self._headers | fixed, media_type="text/event-stream")
+        response = Response(headers={**self._headers(), **fixed}, media_type="text/event-stream")
         return [item for item in response.raw_headers if item[0] != b"content-length"]
 
 

@@ -7,9 +7,10 @@ request. Headers wait for the first token (or the first keep-alive): a stage tha
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 
@@ -21,8 +22,11 @@ from node.gateway.backend import (
     Backend,
     BackendRefusal,
     Caller,
+    Generation,
     GenerationRequest,
     TextTokenizer,
+    Usage,
+    WaitedTooLong,
 )
 from node.gateway.delivery import Delivery
 from node.gateway.errors import error_of, internal_error
@@ -33,6 +37,9 @@ from node.gateway.together import together
 MAX_ROUTE_HEADER_CHARS = 4096
 
 log = logging.getLogger(__name__)
+
+Deliver = Callable[[int, Delivery], Awaitable[None]]
+"""`deliver(index, delivery)`: all of one choice, to the client or to the whole answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,50 +64,93 @@ class GenerationResponse(Response):
         self._job = job
         self._keep_alive_s = keep_alive_s
         self._started_at = time.monotonic()
+        # In the order of the requests, as far as they are open.
+        self._deliveries: list[Delivery] = []
+        self._num_ended = 0
+        self._one_ended = asyncio.Event()
+        self._turn = asyncio.Lock()
+        # Until then a refusal is a plain status code, so no keep-alive may send the headers.
+        self._begun = asyncio.Event()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await while_connected(receive, self._answer(scope, receive, send))
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with AsyncExitStack() as open_deliveries:
-            deliveries = [await self._open(request, open_deliveries) for request in self._job.requests]
+        async with AsyncExitStack() as closing:
             if self._job.stream:
-                headers = {"x-pod-route": route_header(deliveries)}
-                await self._write_stream(deliveries, EventWriter(send, headers, is_open_of(scope)))
+                await self._write_stream(closing, EventWriter(send, self._route_headers, is_open_of(scope)))
             else:
-                await (await self._whole(deliveries))(scope, receive, send)
+                await (await self._whole(closing))(scope, receive, send)
 
-    async def _open(self, request: GenerationRequest, open_deliveries: AsyncExitStack) -> Delivery:
+    async def _each(self, closing: AsyncExitStack, deliver: Deliver) -> list[Usage]:
+        """Requests are opened in turn; each is delivered once it is open, and settled once it has ended: what
+        has ended makes room for what still waits for a place.
+        """
+
+        async def one(request: GenerationRequest) -> None:
+            async with self._turn:
+                delivery = await self._open(request, closing)
+                index = len(self._deliveries) - 1
+            await deliver(index, delivery)
+            await delivery.settle()
+            self._num_ended += 1
+            self._one_ended.set()
+
+        await together([one(request) for request in self._job.requests])
+        return [await delivery.settle() for delivery in self._deliveries]
+
+    async def _open(self, request: GenerationRequest, closing: AsyncExitStack) -> Delivery:
         job = self._job
-        generation = await self._backend.generate(job.caller, request)
+        generation = await self._generate(request)
         min_num_tokens = request.sampling.min_num_output_tokens
         delivery = Delivery(generation, job.tokenizer, job.stops, min_num_tokens)
-        open_deliveries.push_async_callback(self._close, delivery, request.model)
+        closing.push_async_callback(self._close, delivery, request.model)
+        self._deliveries.append(delivery)
+        if len(self._deliveries) == len(job.requests):
+            self._begun.set()
         return delivery
+
+    async def _generate(self, request: GenerationRequest) -> Generation:
+        """While others of this answer run, it waits for their places, however long."""
+        while True:
+            try:
+                return await self._backend.generate(self._job.caller, request)
+            except WaitedTooLong:
+                if self._num_ended == len(self._deliveries):
+                    raise
+                self._one_ended.clear()
+                await self._one_ended.wait()
 
     async def _close(self, delivery: Delivery, model: str) -> None:
         usage = await delivery.close()
         self._metrics.count_tokens(model, usage.num_prompt_tokens, usage.num_output_tokens)
 
-    async def _whole(self, deliveries: Sequence[Delivery]) -> JSONResponse:
-        choices = [Choice() for _ in deliveries]
-        pairs = zip(deliveries, choices, strict=True)
+    def _route_headers(self) -> dict[str, str]:
+        return {"x-pod-route": route_header(self._deliveries)}
+
+    async def _whole(self, closing: AsyncExitStack) -> JSONResponse:
+        choices = [Choice() for _ in self._job.requests]
+
+        async def collect(index: int, delivery: Delivery) -> None:
+            async with aclosing(delivery.pieces()) as pieces:
+                async for piece in pieces:
+                    choices[index].add(piece)
+                    delivery.num_delivered = piece.num_output_tokens
+
         try:
-            await together([_collect(delivery, choice) for delivery, choice in pairs])
+            usages = await self._each(closing, collect)
         except BackendRefusal:
-            # The answer never leaves, so nothing of it was delivered.
-            for delivery in deliveries:
+            # The answer never leaves, so nothing of it was delivered; choices that had ended are paid.
+            for delivery in self._deliveries:
                 delivery.num_delivered = 0
             raise
-        usages = [await delivery.settle() for delivery in deliveries]
         body = self._job.shape.whole(choices) | {"usage": total_usage(usages)}
-        return JSONResponse(body, headers={"x-pod-route": route_header(deliveries)})
+        return JSONResponse(body, headers=self._route_headers())
 
-    async def _write_stream(self, deliveries: Sequence[Delivery], writer: EventWriter) -> None:
+    async def _write_stream(self, closing: AsyncExitStack, writer: EventWriter) -> None:
         try:
-            async with writer.kept_alive(self._keep_alive_s):
-                await self._write_pieces(deliveries, writer)
-            usages = [await delivery.settle() for delivery in deliveries]
+            async with writer.kept_alive(self._keep_alive_s, self._begun):
+                usages = await self._each(closing, self._writing_pieces(writer))
             if self._job.include_usage:
                 usage = {"usage": total_usage(usages)}
                 await writer.write(event(self._job.shape.usage_chunk() | usage))
@@ -113,7 +163,7 @@ class GenerationResponse(Response):
             told = error_of(error) if isinstance(error, BackendRefusal) else internal_error()
             await writer.end(event({"error": told.body}))
 
-    async def _write_pieces(self, deliveries: Sequence[Delivery], writer: EventWriter) -> None:
+    def _writing_pieces(self, writer: EventWriter) -> Deliver:
         shape = self._job.shape
         opening = shape.opening_chunks()
         is_first = True
@@ -125,30 +175,26 @@ class GenerationResponse(Response):
                     if is_first:
                         is_first = False
                         self._metrics.observe_first_token(time.monotonic() - self._started_at)
-                    usage = self._chunk_usage(deliveries, index, piece.num_output_tokens)
+                    usage = self._chunk_usage(index, piece.num_output_tokens)
                     chunks, opening = opening + shape.chunks(index, piece), []
                     await writer.write(b"".join([event(chunk | usage) for chunk in chunks]))
+                    self._begun.set()
                     delivery.delivered(piece.num_output_tokens)
 
-        await together([write_all(index, delivery) for index, delivery in enumerate(deliveries)])
+        return write_all
 
-    def _chunk_usage(self, deliveries: Sequence[Delivery], index: int, num_output_tokens: int) -> Json:
+    def _chunk_usage(self, index: int, num_output_tokens: int) -> Json:
         """Chunks before the last say `usage: null` when usage was asked for, as the original does."""
         if self._job.continuous_usage:
-            num_prompt_tokens = sum(delivery.generation.num_prompt_tokens for delivery in deliveries)
-            others = sum(d.num_delivered for at, d in enumerate(deliveries) if at != index)
+            num_prompt_tokens = sum(len(request.prompt_ids) for request in self._job.requests)
+            others = sum(d.num_delivered for at, d in enumerate(self._deliveries) if at != index)
             return {"usage": usage_object(num_prompt_tokens, others + num_output_tokens, 0)}
         return {"usage": None} if self._job.include_usage else {}
 
 
-async def _collect(delivery: Delivery, choice: Choice) -> None:
-    async with aclosing(delivery.pieces()) as pieces:
-        async for piece in pieces:
-            choice.add(piece)
-            delivery.num_delivered = piece.num_output_tokens
-
-
 def route_header(deliveries: Sequence[Delivery]) -> str:
-    """Distinct routes of the choices. Node names are others' words: nothing but printable ASCII leaves."""
+    """Distinct routes of the choices that are open. Node names are others' words: nothing but printable ASCII
+    leaves.
+    """
     text = "; ".join(dict.fromkeys(delivery.generation.route_text for delivery in deliveries))
     return "".join(char if " " <= char <= "~" else "?" for char in text)[:MAX_ROUTE_HEADER_CHARS]

@@ -87,7 +87,7 @@ def tokens_of(text: str, finish: FinishReason = FinishReason.STOP) -> list[Gener
 class Script:
     """What one generation does: `tokens`, pausing before the one at `pause_at` until `go`, then `error`.
 
-    `is_paced`: between two tokens others may run.
+    `is_paced`: between two tokens others may run. `refusal`: it does not even begin.
     """
 
     tokens: list[GeneratedToken] = field(default_factory=lambda: tokens_of("Hello, wörld 🌍!"))
@@ -95,10 +95,17 @@ class Script:
     go: asyncio.Event = field(default_factory=asyncio.Event)
     error: BackendRefusal | None = None
     is_paced: bool = False
+    refusal: BackendRefusal | None = None
 
 
 class FakeGeneration:
-    def __init__(self, request: GenerationRequest, script: Script, route_text: str) -> None:
+    def __init__(
+        self,
+        request: GenerationRequest,
+        script: Script,
+        route_text: str,
+        places: asyncio.Semaphore | None,
+    ) -> None:
         self.session = bytes(16)
         self.route_text = route_text
         self.num_prompt_tokens = len(request.prompt_ids)
@@ -108,6 +115,7 @@ class FakeGeneration:
         self.num_yielded = 0
         self.num_delivered = 0
         self.closed = False
+        self._places = places
 
     async def tokens(self) -> AsyncGenerator[GeneratedToken, None]:
         limit = self.request.sampling.max_num_output_tokens
@@ -135,6 +143,8 @@ class FakeGeneration:
     async def settle(self, num_output_tokens: int) -> Usage:
         self.settlements.append(num_output_tokens)
         await asyncio.sleep(0)
+        if self._places is not None:
+            self._places.release()
         return Usage(self.num_prompt_tokens, 0, num_output_tokens)
 
 
@@ -147,6 +157,8 @@ class FakeBackend:
         self.revoked: set[bytes] = set()
         self.num_pending = 0
         self.open_hangs = False
+        # So many generations may be open at once; others wait.
+        self.places: asyncio.Semaphore | None = None
         self.route_text = ROUTE
         self.view = example_view()
         self.limits: tuple[RateLimit, ...] = ()
@@ -180,12 +192,16 @@ class FakeBackend:
         try:
             if self.open_hangs:
                 await asyncio.Event().wait()
+            if self.places is not None:
+                await self.places.acquire()
         finally:
             self.num_pending -= 1
         if self.refusal is not None:
             raise self.refusal
         script = self.scripts.popleft() if self.scripts else Script()
-        generation = FakeGeneration(request, script, self.route_text)
+        if script.refusal is not None:
+            raise script.refusal
+        generation = FakeGeneration(request, script, self.route_text, self.places)
         self.callers.append(caller)
         self.generations.append(generation)
         return generation

@@ -10,7 +10,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from node.gateway.backend import GeneratedToken
+from node.gateway.backend import GeneratedToken, QuotaExceeded, WaitedTooLong
 from node.links.frames import FinishReason
 from tests.gateway.conftest import RunningGateway, wait_until
 from tests.gateway.fake_backend import (
@@ -274,6 +274,55 @@ def test_when_one_of_several_prompts_fails_all_are_settled(client: OpenAI, gatew
     first, second = gateway.backend.generations
     assert (first.settlements, second.settlements) == ([0], [0])
     assert first.closed
+
+
+def test_more_prompts_than_there_are_places(client: OpenAI, gateway: RunningGateway) -> None:
+    """What has ended makes room for what waits, streamed or not, and the usage of all is told."""
+    gateway.backend.places = asyncio.Semaphore(2)
+    prompts = ["a", "b", "c", "d", "e"]
+    for number in range(10):
+        gateway.backend.scripts.append(Script(tokens_of(f"text {number % 5}"), is_paced=True))
+    answer = client.completions.create(model=MODEL, prompt=prompts)
+    assert [choice.text for choice in answer.choices] == [f"text {number}" for number in range(5)]
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 5 * 7)
+    texts = [""] * 5
+    options = {"include_usage": True}
+    raw = client.completions.with_streaming_response.create(
+        model=MODEL, prompt=prompts, stream=True, stream_options=options
+    )
+    with raw as response:
+        lines = [line[6:] for line in response.iter_lines() if line.startswith("data: {")]
+    *chunks, last = map(json.loads, lines)
+    for chunk in chunks:
+        texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+    assert texts == [f"text {number}" for number in range(5)]
+    assert (last["usage"]["prompt_tokens"], last["usage"]["completion_tokens"]) == (5, 5 * 7)
+    assert [generation.settlements for generation in gateway.backend.generations] == [[7]] * 10
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_later_prompt_that_is_refused_before_the_first_byte_is_a_plain_status(
+    client: OpenAI, gateway: RunningGateway, stream: bool
+) -> None:
+    refused = Script(refusal=QuotaExceeded("past its credit line"))
+    gateway.backend.scripts.extend([Script(pause_at=0), refused])
+    with pytest.raises(openai.RateLimitError, match="past its credit line"):
+        client.completions.create(model=MODEL, prompt=["a", "b"], stream=stream)
+    assert [generation.settlements for generation in gateway.backend.generations] == [[0]]
+
+
+def test_a_prompt_that_waited_too_long_waits_for_the_others_of_its_request(
+    client: OpenAI, gateway: RunningGateway
+) -> None:
+    busy = Script(refusal=WaitedTooLong("the pod is busy", 5))
+    gateway.backend.scripts.extend(
+        [Script(tokens_of("first"), is_paced=True), busy, Script(tokens_of("second")), busy]
+    )
+    answer = client.completions.create(model=MODEL, prompt=["a", "b"])
+    assert [choice.text for choice in answer.choices] == ["first", "second"]
+    with pytest.raises(openai.RateLimitError):
+        client.completions.create(model=MODEL, prompt=["a", "b"])
 
 
 def test_async_client(gateway: RunningGateway) -> None:
