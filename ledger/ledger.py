@@ -1,13 +1,14 @@
 """The ledger of one node: its own journal to append to, everyone's to take in, and the books over all.
 
 An entry is checked, then written to the journal, then applied to the books; nothing is applied that is not
-durable. Every method is synchronous and safe to call from any thread (one lock). It knows no network: sync
-is `heads`, `missing` and `ingest`, and whoever owns a connection carries the bytes.
+durable. Every method is synchronous and safe to call from any thread: one writes at a time, and while it
+waits for the disk others read the books as they were before. It knows no network: sync is `heads`, `missing`
+and `ingest`, and whoever owns a connection carries the bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
 from threading import RLock
 
@@ -62,6 +63,9 @@ class Ledger:
         self._author = author_public_key
         self._sign = sign
         self._clock_ms = clock_ms
+        # Writers hold `_writing` all the time, and `_lock` beside it only while books and chains change: the
+        # event loop reads under `_lock`, and a database may take its time. Either lock is enough to read.
+        self._writing = RLock()
         self._lock = RLock()
         self._is_uncertain = False
         self._replay()
@@ -81,44 +85,43 @@ class Ledger:
         return cls(journal, pod, directory, author_public_key, sign, clock_ms)
 
     def close(self) -> None:
-        with self._lock:
+        with self._writing, self._lock:
             self._journal.close()
 
     def _replay(self) -> None:
-        self._books = Books(self._directory)
-        self._chains: dict[bytes, Chain] = {}
-        self._num_entries = 0
-        # How far below its last entry an author's head is advertised, to find where a branch left ours.
-        self._rewinds: dict[bytes, int] = {}
-        # Stored entries that the books could not take in; `verify` names them.
-        self._num_not_applied = 0
+        books, chains = Books(self._directory), dict[bytes, Chain]()
+        num_entries = num_not_applied = 0
         for record in self._journal.iterate():
-            self._num_entries += 1
-            self._chain(record.author).extend(record.index, record.hash, record.prev_hash)
+            num_entries += 1
+            chain = chains.setdefault(record.author, Chain(record.author))
+            chain.extend(record.index, record.hash, record.prev_hash)
             try:
                 if sha256(record.raw).digest() != record.hash:
                     raise EntryError("the stored bytes have changed")
-                self._books.apply(decode_entry(record.raw, was_checked=True))
+                books.apply(decode_entry(record.raw, was_checked=True))
             except (EntryError, UnknownPartyError):
-                self._num_not_applied += 1
-        self._books.sort_recent()
+                num_not_applied += 1
+        books.sort_recent()
+        with self._lock:
+            self._books, self._chains, self._num_entries = books, chains, num_entries
+            # How far below its last entry an author's head is advertised, to find where a branch left ours.
+            self._rewinds: dict[bytes, int] = {}
+            # Stored entries that the books could not take in; `verify` names them.
+            self._num_not_applied = num_not_applied
 
     def rebuild(self) -> None:
         """Make the books anew from the journal, e.g. after the directory learned of more nodes."""
-        with self._lock:
+        with self._writing:
             self._replay()
-
-    def _chain(self, author: bytes) -> Chain:
-        return self._chains.setdefault(author, Chain(author))
 
     # Writing
 
     def append(self, body: Body) -> Entry:
         """Sign, store and apply this node's next entry. Raises LedgerError or JournalError."""
-        with self._lock:
+        with self._writing:
             self._learn_what_was_written()
             self._learn_rate_cards()
-            chain = self._chain(self._author)
+            chain = self._chains.get(self._author) or Chain(self._author)
             if chain.is_forked:
                 raise LedgerError(
                     "this node's journal has forked (its key was used twice): it needs a new key"
@@ -133,8 +136,9 @@ class Ledger:
                 check_entry(entry, self._pod, self._directory, self._books.holds_of, is_signed_here=True)
             except (EntryError, EntryRefused) as error:
                 raise LedgerError(f"{type(body).__name__} refused: {error}") from error
-            self._commit([entry])
+            chain = chain.copy()
             chain.extend(entry.index, entry.hash, entry.prev_hash)
+            self._commit([entry], {self._author: chain}, {})
             return entry
 
     def _learn_what_was_written(self) -> None:
@@ -163,29 +167,32 @@ class Ledger:
             case _:
                 pass
 
-    def _commit(self, entries: Sequence[Entry]) -> None:
+    def _commit(
+        self, entries: Sequence[Entry], chains: Mapping[bytes, Chain], rewinds: Mapping[bytes, int]
+    ) -> None:
         try:
             self._journal.write([Record.of(entry) for entry in entries])
         except JournalError:
             self._is_uncertain = True
             raise
-        self._num_entries += len(entries)
-        for entry in entries:
-            self._books.apply(entry)
+        with self._lock:
+            self._num_entries += len(entries)
+            self._chains.update(chains)
+            self._rewinds.update(rewinds)
+            for entry in entries:
+                self._books.apply(entry)
 
     def ingest(self, raws: Iterable[bytes]) -> IngestResult:
         """Take in others' entries, in any order, doubled or not, in one database transaction.
 
         An entry that breaks a rule or lacks its predecessor is refused by itself. Raises JournalError.
         """
-        with self._lock:
+        with self._writing:
             self._learn_what_was_written()
             self._learn_rate_cards()
             draft = Draft(self._pod, self._directory, self._journal, self._books, self._chains, self._rewinds)
             draft.offer_all(raws)
-            self._commit(draft.accepted)
-            self._chains.update(draft.chains)
-            self._rewinds.update(draft.rewinds)
+            self._commit(draft.accepted, draft.chains, draft.rewinds)
             forks = tuple(self._fork(author, index) for author, index in sorted(draft.forked))
             return IngestResult(len(draft.accepted), tuple(draft.refused), forks)
 

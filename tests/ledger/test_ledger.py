@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +24,10 @@ from ledger.entry import (
     VoidReason,
     sign_entry,
 )
-from ledger.journal import JournalError
+from ledger.journal import JournalError, Record
 from ledger.ledger import Ledger, LedgerError
 from ledger.receipt import Receipt, SignedReceipt, co_sign
+from ledger.store.sql_journal import SqlJournal
 from tests.ledger.world import KEY, POD, START_MS, Key, World, raws, session_id
 
 
@@ -307,6 +309,41 @@ def test_threads_may_write_at_once(world: World, tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as executor:
         entries = list(executor.map(lambda number: ledger.append(world.hold(session_id(number))), range(80)))
     assert sorted(entry.index for entry in entries) == list(range(80))
+    assert ledger.verify() == []
+    ledger.close()
+
+
+@pytest.mark.parametrize("how", ["append", "ingest"])
+def test_readers_do_not_wait_for_a_write_that_hangs(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    ledger, other = world.ledger(0, f"sqlite:///{tmp_path}/ledger.sqlite"), world.ledger(1)
+    ledger.append(Issued(1))
+    other.append(AccountOpened(world.members[1], 1))
+    has_begun, may_go_on, write = threading.Event(), threading.Event(), SqlJournal.write
+
+    def write_late(self: SqlJournal, records: Iterable[Record]) -> None:
+        has_begun.set()
+        assert may_go_on.wait(60)
+        write(self, records)
+
+    def read() -> object:
+        totals = (ledger.balances(), ledger.open_holds(), ledger.member_totals(), ledger.recent_sessions(9))
+        return ledger.digest(), ledger.heads(), ledger.missing({}, 10_000), ledger.num_entries(), totals
+
+    before = read()
+    monkeypatch.setattr(SqlJournal, "write", write_late)
+    with ThreadPoolExecutor(2) as executor:
+        written = executor.submit(
+            (lambda: ledger.append(Issued(2))) if how == "append" else (lambda: ledger.ingest(raws(other)))
+        )
+        try:
+            assert has_begun.wait(60)
+            assert executor.submit(read).result(20) == before
+        finally:
+            may_go_on.set()
+        written.result(60)
+    assert ledger.num_entries() == len(raws(ledger)) == 2
     assert ledger.verify() == []
     ledger.close()
 
