@@ -87,11 +87,18 @@ class PodHome:
 
     @property
     def ledger_url(self) -> str:
-        """The database that `--db` once named, else a file in this directory."""
+        """The database that `--db` once named, else a file in this directory. Raises UserError."""
+        file = self._database_file
         try:
-            return self._database_file.read_text().strip() or self.default_ledger_url
-        except OSError:
+            url = file.read_text().strip()
+        except FileNotFoundError:
             return self.default_ledger_url
+        except (OSError, UnicodeDecodeError):
+            raise UserError(f"{file}, which names the ledger's database, cannot be read") from None
+        if not url:
+            # Whoever goes on with another database writes a second journal under the same key: a fork.
+            raise UserError(f"{file}, which names the ledger's database, is empty; write its URL there")
+        return url
 
     def remember_database(self, url: str) -> None:
         self._write_private(self._database_file, url + "\n")

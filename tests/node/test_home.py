@@ -70,3 +70,19 @@ def test_a_creation_that_hits_a_full_disk_leaves_nothing_and_can_be_repeated(tmp
     assert "UserError: the pod could not be written" in done.stderr
     assert {path.name for path in tmp_path.iterdir()} <= {"holiday.jpg", "lock", "models"}
     create_pod(PodHome(tmp_path), "pod", "ada", "box")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe"])
+def test_only_a_missing_note_of_the_database_means_the_default(tmp_path: Path, content: bytes) -> None:
+    """Else a node would go on in an old file, under the same key: a fork."""
+    home = PodHome(tmp_path)
+    assert home.ledger_url == home.default_ledger_url
+    (tmp_path / "database").write_bytes(content)
+    with pytest.raises(UserError, match="which names the ledger's database"):
+        _ = home.ledger_url
+
+
+def test_a_note_of_the_database_that_cannot_be_read_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "database").mkdir()
+    with pytest.raises(UserError, match="database, cannot be read"):
+        _ = PodHome(tmp_path).ledger_url
