@@ -42,6 +42,9 @@ class BenchDirectory:
     def member_of_node(self, node: bytes) -> bytes | None:
         return node if node in self.nodes else None
 
+    def is_member(self, account: bytes) -> bool:
+        return account in self.nodes
+
     def may_issue(self, node: bytes) -> bool:
         return node in self.nodes
 

@@ -17,6 +17,9 @@ class Directory(Protocol):
     def member_of_node(self, node: bytes) -> bytes | None:
         """The member whose node this is or was; None for a stranger."""
 
+    def is_member(self, account: bytes) -> bool:
+        """Whether this account is that of somebody who is or was a member."""
+
     def may_issue(self, node: bytes) -> bool:
         """Whether this node's entries may create credit."""
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from ledger.directory import Directory
 from ledger.entry import (
+    TREASURY,
     AccountOpened,
     Disputed,
     Entry,
@@ -24,6 +25,9 @@ from ledger.entry import (
 from ledger.rate_card import RateCard
 from ledger.receipt import Receipt, ReceiptError, SignedReceipt, expected_amount, verify_head, verify_stage
 from ledger.session_record import Hold
+
+# Of one route: what a session's receipts cost to count grows with their square.
+MAX_NUM_STAGES = 256
 
 # (author, session) -> the holds that this author opened for the session.
 HoldsOf = Callable[[bytes, bytes], Collection[Hold]]
@@ -61,6 +65,8 @@ def _check_body(entry: Entry, directory: Directory, holds_of: HoldsOf) -> None:
         case Transferred():
             _require(body.amount_microcredits > 0, "the amount is not above zero")
             _require(body.from_account != body.to_account, "both accounts are the same")
+            is_account = body.to_account == TREASURY or directory.is_member(body.to_account)
+            _require(is_account, "the credit would go to nobody of this pod")
             may_act = directory.may_act_for(entry.author, body.from_account)
             _require(may_act, "its author may not move credit out of this account")
         case HoldOpened():
@@ -112,6 +118,7 @@ def _limit(receipt: Receipt, holds: Collection[Hold]) -> int:
 
 def _check_receipt(receipt: Receipt, pod: bytes, directory: Directory) -> None:
     _require(receipt.pod == pod, "a receipt belongs to another pod")
+    _require(receipt.stage_index < MAX_NUM_STAGES, "a receipt's place in the route is beyond any route")
     _require(directory.member_of_node(receipt.head) is not None, "a receipt's head is not of this pod")
     _require(directory.member_of_node(receipt.stage) is not None, "a receipt's stage is not of this pod")
     cards = _cards(directory, receipt.rate_card_version)

@@ -4,9 +4,9 @@ from the treasury, and its credit line.
 A bound and not a refusal: whether an account was overdrawn when a transfer was written depends on what had
 arrived where, and entries must count the same everywhere. So a node refuses to *write* a transfer beyond
 balance and credit line, and of what a changed node writes all the same, together more than the bound, each
-gets its share, in whatever order they come. What was received from members can be spent, not given on: else
-a few accounts could pass one amount around in a circle and it would cover them all. The treasury's own
-transfers are the owner's and move in full. Knows no signatures and no balances.
+target gets its share, in whatever order they come. What was received from members can be spent, not given
+on: else a few accounts could pass one amount around in a circle and it would cover them all. The treasury's
+own transfers are the owner's and move in full. Knows no signatures and no balances.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Transfers:
     def __init__(self) -> None:
         self._cover: defaultdict[bytes, int] = defaultdict(int)
         self._written: defaultdict[bytes, int] = defaultdict(int)
-        self._sent: defaultdict[bytes, list[tuple[bytes, int]]] = defaultdict(list)
+        # By source, what was written to each target in all: as many as there are members, however often.
+        self._sent: defaultdict[bytes, defaultdict[bytes, int]] = defaultdict(lambda: defaultdict(int))
 
     def add(self, source: bytes, target: bytes, amount_microcredits: int) -> Changes:
         """A member's transfer was written."""
@@ -50,14 +51,14 @@ class Transfers:
         return max(0, self._cover.get(account, 0) - self._written.get(account, 0))
 
     def _write(self, source: bytes, target: bytes, amount_microcredits: int) -> None:
-        self._sent[source].append((target, amount_microcredits))
+        self._sent[source][target] += amount_microcredits
         self._written[source] += amount_microcredits
 
     def _moved(self, source: bytes) -> dict[bytes, int]:
         """What the account's transfers move in all: the source's change and each target's."""
         covered, written = max(0, self._cover[source]), self._written[source]
         changes: defaultdict[bytes, int] = defaultdict(int)
-        for target, amount in self._sent[source]:
+        for target, amount in self._sent[source].items():
             moved = amount if written <= covered else amount * covered // written
             changes[target] += moved
             changes[source] -= moved

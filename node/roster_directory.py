@@ -28,6 +28,10 @@ class RosterDirectory:
         known = roster.nodes.get(node) or roster.former_nodes.get(node)
         return known.member if known is not None else None
 
+    def is_member(self, account: bytes) -> bool:
+        roster = self._roster()
+        return account in roster.members or account in roster.former_members
+
     def may_issue(self, node: bytes) -> bool:
         return self.member_of_node(node) == self._roster().owner.id
 
@@ -38,9 +42,7 @@ class RosterDirectory:
         return member == account
 
     def may_charge(self, node: bytes, hold: HoldOpened) -> bool:
-        roster = self._roster()
-        is_member = hold.payer in roster.members or hold.payer in roster.former_members
-        return is_member and is_authorized(roster.pod, node, hold)
+        return self.is_member(hold.payer) and is_authorized(self._roster().pod, node, hold)
 
     def rate_cards(self, version: int) -> tuple[RateCard, ...]:
         roster = self._roster()

@@ -96,7 +96,6 @@ class Endings:
         """The head replays it elsewhere or later, and signs for what was done here."""
         if not session.is_set_aside:
             session.set_aside()
-            self.unpaid.interrupted(session.head, session.next_position)
         self._book.quiet(session)
         deadline_ms = min(session.end_ms, self._clock_ms() + MAX_SET_ASIDE_MS)
         self._book.set_deadline(session, deadline_ms)

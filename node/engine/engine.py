@@ -183,6 +183,7 @@ class Engine:
         preempted = make_room(batch, book.sessions.values())
         for session in preempted:
             self._fair_share.preempted(session)
+            self._endings.unpaid.interrupted(session.head, session.next_position)
             self._endings.set_aside(session, ErrorCode.PREEMPTED, "its KV room went to older sessions")
         runnable = [part for part in batch if not part.session.is_set_aside] if preempted else batch
         for group, parts in _by_group(runnable).items():

@@ -116,7 +116,9 @@ class FairShare:
 
 def cost_per_token(num_parameters: int, weight_per_mille: int) -> int:
     """Of one stage, in thousands of parameter-tokens: what a token of a bigger model takes, it counts for."""
-    return max(1, num_parameters // _COST_PER_PARAMETERS) * weight_per_mille // PER_MILLE
+    cost = max(1, num_parameters // _COST_PER_PARAMETERS) * weight_per_mille // PER_MILLE
+    # What a rate card gives away still takes the place of others.
+    return max(1, cost)
 
 
 def _entitlement(opening: OpenSession) -> _Entitlement:

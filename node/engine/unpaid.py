@@ -3,8 +3,9 @@
 A session can lose little (`meter.py`); a head that opens one after the other could take much. So per head
 there is an account in tokens: work that was not signed for when its session ended, and prompts of replays,
 which nobody pays for. Time lets it go down to nothing, and what the head signs for below that: who has paid
-for much may lose a neighbour with all its sessions. A replay of what this stage
-itself broke off is owed, and costs the head nothing here. Work before the first output token is not counted:
+for so many tokens may lose a neighbour with all its sessions, and replay them. A replay of what this stage
+itself preempted or failed at is owed, and costs the head nothing here; one for a lost link is not, for a head
+can lose its own. Work before the first output token is not counted:
 a client may go away, and its head has had nothing.
 """
 
@@ -19,7 +20,6 @@ from node.links.frames import ErrorCode, OpenSession
 # Honest heads stay far below: some tokens on their way when a client goes, replays when a stage is lost.
 MAX_NUM_UNPAID_TOKENS = 1 << 18
 MAX_NUM_TOKENS_IN_CREDIT = 1 << 20
-NUM_SIGNED_TOKENS_PER_FORGIVEN = 4
 FORGIVE_ONE_TOKEN_MS = 1_000
 MAX_NUM_OWED_TOKENS = 1 << 20
 # The head may have had that many more when the stage broke off.
@@ -33,7 +33,6 @@ class _Account:
     since_ms: int
     num_unpaid: int = 0
     num_owed: int = 0
-    num_signed_rest: int = 0
 
 
 class Unpaid:
@@ -77,10 +76,7 @@ class Unpaid:
 
     def signed(self, head: bytes, num_tokens: int) -> None:
         account = self._account(head)
-        num_forgiven, account.num_signed_rest = divmod(
-            account.num_signed_rest + num_tokens, NUM_SIGNED_TOKENS_PER_FORGIVEN
-        )
-        account.num_unpaid = max(-MAX_NUM_TOKENS_IN_CREDIT, account.num_unpaid - num_forgiven)
+        account.num_unpaid = max(-MAX_NUM_TOKENS_IN_CREDIT, account.num_unpaid - num_tokens)
 
     def _account(self, head: bytes) -> _Account:
         now_ms = self._clock_ms()

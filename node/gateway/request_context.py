@@ -26,9 +26,11 @@ SECURITY_HEADERS = {
     # Not "no-referrer": that makes browsers send the login form with "Origin: null".
     "referrer-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
-    "cross-origin-opener-policy": "same-origin",
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
 }
+
+# Browsers complain of it on pages that came over plain HTTP.
+HTTPS_HEADERS = {"cross-origin-opener-policy": "same-origin"}
 
 # A browser applies it to every port of the host: only for a gateway that has the host's HTTPS port to itself,
 # with a certificate that any browser takes.
@@ -60,8 +62,9 @@ class RequestContext:
                 headers = MutableHeaders(raw=message["headers"])
                 headers["x-request-id"] = request_id
                 headers["openai-processing-ms"] = str(round((time.perf_counter() - started_at) * 1000))
-                for name, value in SECURITY_HEADERS.items():
-                    headers[name] = value
+                headers.update(SECURITY_HEADERS)
+                if scope["scheme"] == "https":
+                    headers.update(HTTPS_HEADERS)
                 headers.setdefault("cache-control", "no-store")
                 # Who asked with a key that has limits is told how they stand, whatever the answer is.
                 if (rate_headers := scope["state"].get("rate_headers")) is not None:

@@ -43,6 +43,7 @@ def session_of(number: int, max_num_output_tokens: int) -> StageSession:
         "next_node": b"n",
         "opening": opening,
         "num_prompt_tokens": PROMPT_TOKENS,
+        "num_own_prompt_tokens": PROMPT_TOKENS,
         "edits": None,
         "is_first_stage": False,
         "is_finished": False,

@@ -230,7 +230,7 @@ def giving_away_what_one_does_not_have() -> None:
 
 def _sent_in_full(transfers: ledger.transfers.Transfers, source: bytes) -> dict[bytes, int]:
     changes: dict[bytes, int] = {}
-    for target, amount in transfers._sent[source]:
+    for target, amount in transfers._sent[source].items():
         changes[target] = changes.get(target, 0) + amount
         changes[source] = changes.get(source, 0) - amount
     return changes

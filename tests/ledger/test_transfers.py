@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ledger.books import Books
 from ledger.entry import TREASURY, AccountOpened, Body, Entry, Issued, Transferred, sign_entry
 from ledger.rate_card import DEFAULT_RATE_CARD
+from ledger.rules import EntryRefused, check_entry
 from tests.ledger.world import POD, START_MS, World, session_id
 
 WORLD = World()
@@ -51,6 +53,13 @@ def test_beyond_that_each_transfer_gets_its_share() -> None:
 def test_an_account_that_was_given_nothing_gives_nothing() -> None:
     books = books_of(entries(Transferred(A, B, 10**9)))
     assert (books.balance(A), books.balance(B)) == (0, 0)
+
+
+def test_nothing_goes_to_an_account_that_is_nobodys() -> None:
+    """Else a changed node could make others keep as many accounts as it likes."""
+    [entry] = entries(Transferred(A, b"nobody's account, of 32 bytes...", 5))
+    with pytest.raises(EntryRefused, match="nobody of this pod"):
+        check_entry(entry, POD, WORLD.directory, lambda *_: ())
 
 
 def test_what_members_gave_is_not_given_on() -> None:

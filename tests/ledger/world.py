@@ -39,6 +39,9 @@ class FakeDirectory:
     def member_of_node(self, node: bytes) -> bytes | None:
         return self.members.get(node)
 
+    def is_member(self, account: bytes) -> bool:
+        return account in self.members.values()
+
     def may_issue(self, node: bytes) -> bool:
         return node in self.admins
 

@@ -46,7 +46,7 @@ class FakeState:
     @property
     def roster(self) -> Roster:
         nodes = {id: Node(id, id, f"node{n}", b"") for n, id in enumerate(IDS)}
-        return Roster(b"", "", {}, nodes, {}, {}, frozenset(), {}, None, frozenset(), (), {}, {})
+        return Roster(b"", "", {}, nodes, {}, {}, frozenset(), {}, (), (), frozenset(), (), {}, {})
 
     def live(self) -> frozenset[bytes]:
         return self.alive

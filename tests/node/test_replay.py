@@ -53,6 +53,9 @@ async def test_preempted_requests_give_the_same_text_and_are_paid_for_once(llama
         assert [usage.num_output_tokens for usage in usages] == [80] * 6
         head.check_books(usages)
         wait_until(ring.all_kv_free)
+        # Who paid for everything has nothing held against it, however often it had to replay.
+        accounts = [engine._endings.unpaid.num_unpaid(ring.head_key.public) for engine in ring.engines]
+        assert max(accounts) <= 0
         head.close()
 
 

@@ -130,15 +130,16 @@ def _dividends(
 
 
 def _transfer(balances: Counter[bytes], cover: Counter[bytes], transfers: list[Transferred]) -> None:
-    """Each in full, or all of one account in proportion to what covers them."""
+    """Each in full, or what one account gave to each other in proportion to what covers all."""
     for one in transfers:
         if one.from_account == TREASURY:
             cover[one.to_account] += one.amount_microcredits
     written: Counter[bytes] = Counter()
+    between: Counter[tuple[bytes, bytes]] = Counter()
     for one in transfers:
         written[one.from_account] += one.amount_microcredits
-    for one in transfers:
-        amount, covered = one.amount_microcredits, cover[one.from_account]
-        if one.from_account != TREASURY and written[one.from_account] > covered:
-            amount = amount * covered // written[one.from_account]
-        _move(balances, one.from_account, one.to_account, amount)
+        between[one.from_account, one.to_account] += one.amount_microcredits
+    for (source, target), amount in between.items():
+        if source != TREASURY and written[source] > cover[source]:
+            amount = amount * cover[source] // written[source]
+        _move(balances, source, target, amount)
