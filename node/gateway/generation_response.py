@@ -122,6 +122,10 @@ class GenerationResponse(Response):
                 await self._one_ended.wait()
 
     async def _close(self, delivery: Delivery, model: str) -> None:
+        # A client that goes while this settles cancels the wait; what is settled is counted all the same.
+        await asyncio.shield(asyncio.create_task(self._settle_and_count(delivery, model)))
+
+    async def _settle_and_count(self, delivery: Delivery, model: str) -> None:
         usage = await delivery.close()
         self._metrics.count_tokens(model, usage.num_prompt_tokens, usage.num_output_tokens)
 
